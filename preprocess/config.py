@@ -1,0 +1,127 @@
+"""The config of one preprocessing run: one TOML file under configs/preprocess/, see `shared.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shared.geometry import Budget, Geometry
+from shared.tokens import TokenNames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One named table under [sources]: where samples come from and what happens to the odd ones."""
+
+    format: Literal["webdataset"] = "webdataset"
+    paths: tuple[str, ...]
+    # "txt": the .txt member. "json:FIELD": a field of the .json member.
+    caption: str = "txt"
+    # What happens to a sample that does not fit one pack: cut at token borders, or rejected by name of budget.
+    too_long: Literal["split", "reject"] = "split"
+    # The job stops when more than this share of a source's samples is rejected in one pass.
+    max_reject_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("paths is empty; name at least one file")
+        if not 0 <= self.max_reject_rate <= 1:
+            raise ValueError(f"max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
+        if self.caption != "txt" and not (self.caption.startswith("json:") and len(self.caption) > 5):
+            raise ValueError(f'caption must be "txt" or "json:FIELD", got {self.caption!r}')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLimits:
+    """What is not decoded, judged from the header and the size of the file."""
+
+    # 100 megapixels decode to 300 MB of RGB: what one worker may hold beside its pack.
+    max_pixels: int = 100_000_000
+    max_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig:
+    """How samples are grouped into packs and packs into shards."""
+
+    # Pieces packed together: larger windows fill better, smaller ones bound memory.
+    window: int = 65_536
+    # Payload per shard. 512 MiB is read in one second from one NVMe drive and is cheap to write again.
+    shard_bytes: int = 512 << 20
+    # Share of samples, chosen by a hash of the key, that goes to the split "validation".
+    validation_fraction: float = 0.0
+    # 1: the layout of one image per vision row. 0: as many as fit.
+    images_per_row: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.shard_bytes < 1:
+            raise ValueError(f"window {self.window} and shard_bytes {self.shard_bytes} must be at least 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}")
+        if self.images_per_row < 0:
+            raise ValueError(f"images_per_row must be at least 0 (0: as many as fit), got {self.images_per_row}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostConfig:
+    """The model whose FLOPs `cost` counts. Only ratios matter: the trainer balances ranks with it."""
+
+    # SigLIP2-base (93 M parameters) and a decoder of about 1 B.
+    encoder_width: int = 768
+    encoder_layers: int = 12
+    encoder_parameters: int = 93_000_000
+    decoder_width: int = 2048
+    decoder_layers: int = 16
+    decoder_parameters: int = 1_240_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorConfig:
+    """How the steps run. None of it changes a byte of the result."""
+
+    kind: Literal["ray", "serial"] = "ray"
+    # Address of a running cluster; empty starts a local one for the time of the job.
+    address: str = ""
+    # Processes of the local cluster; 0 takes every core.
+    workers: int = 0
+    # A unit is tried again when its worker dies or its file cannot be read.
+    retries: int = 3
+    # Units scheduled beyond the running ones, per worker: enough to hide scheduling, few enough to stop fast.
+    queued_per_worker: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.workers, self.retries) < 0 or self.queued_per_worker < 1:
+            raise ValueError("workers and retries must be at least 0, queued_per_worker at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessConfig:
+    """A whole run. Relative paths are relative to the working directory."""
+
+    output: str
+    tokenizer: str
+    sources: dict[str, SourceConfig]
+    budget: Budget
+    seed: int = 0
+    codec: Literal["raw"] = "raw"
+    # When an earlier run in `output` had other settings or inputs: stop, or throw its work away.
+    on_change: Literal["refuse", "rebuild"] = "refuse"
+    geometry: Geometry = field(default_factory=Geometry)
+    tokens: TokenNames = field(default_factory=TokenNames)
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("no source; add a table [sources.NAME] with its paths")
+        if self.geometry.max_patches_per_image > self.budget.L:
+            raise ValueError(
+                f"geometry.max_patches_per_image {self.geometry.max_patches_per_image} is above budget.L "
+                f"{self.budget.L}: an image must fit one vision row"
+            )
+        if self.budget.L % self.geometry.patches_per_token:
+            raise ValueError(
+                f"budget.L {self.budget.L} is not a multiple of merge * merge = {self.geometry.patches_per_token}"
+            )

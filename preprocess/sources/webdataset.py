@@ -1,0 +1,152 @@
+"""webdataset tars: the members of one key (path up to the first dot of the name) are one sample.
+
+    000000001.jpg  000000001.txt  000000001.json   ->   [image, caption]
+
+The scan walks the tar headers once; the pack then reads single members by (offset, size) with `pread`, so a
+tar is never read twice from end to end and is shared by any number of readers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from preprocess.config import SourceConfig
+from preprocess.samples import RawSample, RawSegment, Reject
+from shared.errors import UserError
+
+IMAGE_EXTENSIONS = frozenset(
+    "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif jp2 j2k ppm pgm ico heic heif".split()
+)
+
+
+@dataclass(slots=True)
+class _Group:
+    """The members of one key, by lower-case extension: (offset, size)."""
+
+    key: str
+    repeated: bool
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class WebDataset:
+    """A source of captioned images in plain tars (USTAR, PAX, GNU)."""
+
+    def __init__(self, name: str, config: SourceConfig) -> None:
+        self._name = name
+        self._field = config.caption.partition(":")[2]
+        self._caption = "json" if self._field else "txt"
+
+    def scan(self, unit: str) -> Iterator[RawSample | Reject]:
+        groups, damage = _read_headers(self._name, unit)
+        for group in groups:
+            yield self._sample(unit, group)
+        if damage:
+            yield self._reject(f"{os.path.basename(unit)}#rest", "archive_damaged", damage)
+
+    def read_text(self, unit: str, offset: int, size: int) -> str:
+        return self._text(self.read_bytes(unit, offset, size))
+
+    def read_bytes(self, unit: str, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(_open(unit).fileno(), size, offset)
+        except FileNotFoundError:
+            raise UserError(f"source {self._name!r}: {unit} is gone since the scan; put it back") from None
+        if len(data) != size:
+            raise UserError(f"source {self._name!r}: {unit} is shorter than at the scan; set on_change = rebuild")
+        return data
+
+    def _sample(self, unit: str, group: _Group) -> RawSample | Reject:
+        if group.repeated:
+            return self._reject(group.key, "duplicate_key", "the tar holds this key twice; the first is used")
+        image = next((place for name, place in group.members.items() if name in IMAGE_EXTENSIONS), None)
+        if image is None:
+            return self._reject(group.key, "no_image", f"members: {', '.join(group.members) or 'none'}")
+        caption = group.members.get(self._caption)
+        if caption is None:
+            return self._reject(group.key, "no_caption", f"no .{self._caption} member")
+        try:
+            text = self.read_text(unit, *caption)
+        except UnicodeDecodeError as error:
+            return self._reject(group.key, "caption_not_utf8", str(error))
+        except (json.JSONDecodeError, RecursionError) as error:
+            return self._reject(group.key, "json_invalid", str(error))
+        except KeyError as error:
+            return self._reject(group.key, "no_caption", f"no text field {error} in the .json member")
+        if not text.strip():
+            return self._reject(group.key, "caption_empty", f"{caption[1]} bytes of white space")
+        segments = (
+            RawSegment(self.read_bytes(unit, *image), *image),
+            RawSegment(text, *caption),
+        )
+        return RawSample(group.key, segments)
+
+    def _text(self, data: bytes) -> str:
+        """The caption in a member's bytes, without a byte order mark and outer white space."""
+        text = data.decode("utf-8-sig")
+        if self._field:
+            record = json.loads(text)
+            value = record.get(self._field) if isinstance(record, dict) else None
+            if not isinstance(value, str):
+                raise KeyError(self._field)
+            text = value
+            # JSON escapes can spell lone surrogates, which no UTF-8 text holds.
+            text.encode("utf-8")
+        return text.strip()
+
+    def _reject(self, key: str, reason: str, detail: str) -> Reject:
+        return Reject(self._name, key, reason, detail)
+
+
+def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
+    """Members grouped by key in order of first appearance, and what stopped the walk ("" at a proper end).
+
+    Raises:
+        UserError: the file is not a plain tar at all.
+    """
+    groups: dict[str, _Group] = {}
+    repeats: list[_Group] = []
+    size = os.path.getsize(unit)
+    try:
+        with tarfile.open(unit, "r:") as tar:
+            try:
+                for member in tar:
+                    if member.isfile() and member.offset_data + member.size > size:
+                        return [*groups.values(), *repeats], f"{member.name} is cut off at byte {size}"
+                    _add_member(groups, repeats, member)
+            except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+                return [*groups.values(), *repeats], f"{type(error).__name__}: {error}"
+    except tarfile.TarError as error:
+        raise UserError(
+            f"source {name!r}: {unit}: not a readable tar ({error}); compressed tars cannot be read by offset, "
+            f"unpack them, or take the file out of sources.{name}.paths"
+        ) from None
+    except OSError as error:
+        raise UserError(f"source {name!r}: {unit}: {error.strerror}; check sources.{name}.paths") from None
+    return [*groups.values(), *repeats], ""
+
+
+def _add_member(groups: dict[str, _Group], repeats: list[_Group], member: tarfile.TarInfo) -> None:
+    folder, _, name = member.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    if not member.isfile() or not stem:  # links, folders, and hidden files such as ._x.jpg
+        return
+    # Names are bytes; keys are text in every table that follows.
+    key = (f"{folder}/{stem}" if folder else stem).encode("utf-8", "backslashreplace").decode()
+    group = groups.setdefault(key, _Group(key, repeated=False))
+    if extension.lower() in group.members:
+        if not repeats or repeats[-1].key != key or extension.lower() in repeats[-1].members:
+            repeats.append(_Group(key, repeated=True))
+        group = repeats[-1]
+    group.members[extension.lower()] = (member.offset_data, member.size)
+
+
+@lru_cache(maxsize=64)
+def _open(unit: str) -> io.FileIO:
+    """Open files of this process; one that drops out of the cache is closed. `pread` needs no position."""
+    return io.FileIO(unit)

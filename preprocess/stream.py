@@ -1,0 +1,135 @@
+"""The token stream of one sample, and where it is cut when it does not fit one pack.
+
+    [bos] text.. <begin_image> [image] * n <end_image> text.. <eos>
+    labels: the next token of the same sample, or -100 where that is an image, begin, end or no token
+
+Labels are made on the whole sample before it is cut, so every text token is learned exactly once, also the
+first one after a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from preprocess.samples import IMAGE, IndexSegment
+from shared.geometry import Budget
+from shared.schema import IGNORE_LABEL
+from shared.tokens import TokenIds
+
+Tokens = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens [start, end) of a sample's stream, with its images [first_image, last_image)."""
+
+    start: int
+    end: int
+    first_image: int
+    last_image: int
+
+
+def stream_length(segments: Sequence[IndexSegment], ids: TokenIds) -> int:
+    return int(ids.bos is not None) + sum(segment.tokens for segment in segments) + 1
+
+
+def image_starts(segments: Sequence[IndexSegment], ids: TokenIds) -> list[int]:
+    """Position of each image's begin token in the stream."""
+    starts: list[int] = []
+    position = int(ids.bos is not None)
+    for segment in segments:
+        if segment.kind == IMAGE:
+            starts.append(position)
+        position += segment.tokens
+    return starts
+
+
+def token_stream(
+    segments: Sequence[IndexSegment], texts: Sequence[Tokens], ids: TokenIds
+) -> tuple[Tokens, Tokens]:
+    """Tokens and labels of a whole sample, int32 [stream_length]. `texts` are its encoded text segments."""
+    pieces: list[Tokens] = [] if ids.bos is None else [np.array([ids.bos], np.int32)]
+    remaining = iter(texts)
+    for segment in segments:
+        if segment.kind == IMAGE:
+            image = np.full(segment.tokens, ids.image, np.int32)
+            image[0], image[-1] = ids.begin_image, ids.end_image
+            pieces.append(image)
+        else:
+            pieces.append(next(remaining))
+    tokens = np.concatenate([*pieces, np.array([ids.eos], np.int32)])
+    labels = np.full_like(tokens, IGNORE_LABEL)
+    labels[:-1] = np.where(np.isin(tokens[1:], (ids.image, ids.begin_image, ids.end_image)), IGNORE_LABEL, tokens[1:])
+    return tokens, labels
+
+
+def split_sample(
+    segments: Sequence[IndexSegment], ids: TokenIds, budget: Budget, images_per_row: int = 0
+) -> list[Part] | str:
+    """Cut a sample into parts that each fit one pack, or name the budget ("S", "N" or "L") that blocks it.
+
+    A cut never falls inside an image. A sample that fits is one part. Text is cut so that the parts of a long
+    run are equally long; an image goes to the next part when tokens or vision rows run out.
+    """
+    images = [segment for segment in segments if segment.kind == IMAGE]
+    if any(image.patches > budget.L for image in images):
+        return "L"
+    if any(image.tokens > budget.S for image in images):
+        return "S"
+    length = stream_length(segments, ids)
+    target = -(-length // -(-length // budget.S))  # the length of equal parts
+    parts: list[Part] = []
+    start = position = first_image = image_number = 0
+    open_rows: list[list[int]] = []
+
+    def cut(at: int) -> None:
+        nonlocal start, first_image, open_rows
+        parts.append(Part(start, at, first_image, image_number))
+        start, first_image, open_rows = at, image_number, []
+
+    for tokens, patches in _units(segments, ids):
+        if patches:
+            rows = place_in_rows(open_rows, patches, budget, images_per_row)
+            if rows is None or position + tokens - start > budget.S:
+                cut(position)
+                rows = place_in_rows([], patches, budget, images_per_row)
+                assert rows is not None, "one image fits an empty pack, checked above"
+            open_rows, image_number = rows, image_number + 1
+            position += tokens
+            continue
+        while position + tokens - start > (budget.S if length <= budget.S else target):
+            step = max(0, target - (position - start))
+            position, tokens = position + step, tokens - step
+            cut(position)
+        position += tokens
+    cut(position)
+    return parts
+
+
+def place_in_rows(
+    rows: list[list[int]], patches: int, budget: Budget, images_per_row: int
+) -> list[list[int]] | None:
+    """Put an image into the fullest vision row that takes it; `rows` lists the images of each row.
+
+    None when no row does and all N rows are in use.
+    """
+    fitting = [
+        number
+        for number, row in enumerate(rows)
+        if sum(row) + patches <= budget.L and (not images_per_row or len(row) < images_per_row)
+    ]
+    if fitting:
+        best = max(fitting, key=lambda number: sum(rows[number]))
+        return [row + [patches] if number == best else row for number, row in enumerate(rows)]
+    return [*rows, [patches]] if len(rows) < budget.N else None
+
+
+def _units(segments: Sequence[IndexSegment], ids: TokenIds) -> list[tuple[int, int]]:
+    """(tokens, patches) of what the stream is made of, with begin and end of text as text."""
+    units = [(1, 0)] if ids.bos is not None else []
+    units += [(segment.tokens, segment.patches if segment.kind == IMAGE else 0) for segment in segments]
+    return [*units, (1, 0)]

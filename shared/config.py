@@ -1,0 +1,232 @@
+"""Configuration: one TOML file per run, dotted overrides on the command line, frozen dataclasses.
+
+    defaults  <  file.toml  <  --section.key value
+
+A config is a tree of dataclasses. Each validates itself in `__post_init__` and raises `ValueError` with the
+value in the message; this module adds where the value came from. Supported field types: int, float, bool,
+str, `Literal`, `tuple[T, ...]`, `X | None`, nested dataclasses, and `dict[str, Dataclass]` for named tables.
+An unknown key, a wrong type and a missing key are `UserError`s that name the key (and the closest match).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from shared.errors import UserError, closest
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """Build `cls` from its defaults, the TOML file at `path` and `--key value` overrides.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value does not fit; names the key and its origin.
+    """
+    tree = _read_toml(path) if path is not None else {}
+    origin = str(path) if path is not None else "command line"
+    for key, values in parse_overrides(overrides):
+        _set(tree, cls, key, values)
+    return _build(cls, tree, origin, "")
+
+
+def parse_overrides(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """`["--a.b", "1", "--c", "x", "y"]` -> `[("a.b", ["1"]), ("c", ["x", "y"])]`; `--a.b=1` works too."""
+    pairs: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            key, equals, value = word[2:].partition("=")
+            pairs.append((key, [value] if equals else []))
+        elif pairs:
+            pairs[-1][1].append(word)
+        else:
+            raise UserError(f"command line: {word!r} is not an option; write --key value")
+    return pairs
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars; `None` entries are left out, as in TOML."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {name: plain(entry) for name, entry in fields if entry is not None}
+        if isinstance(value, Mapping):
+            return {str(key): plain(entry) for key, entry in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(value, tuple):
+            return [plain(entry) for entry in value]  # pyright: ignore[reportUnknownVariableType]
+        return value
+
+    return plain(config)
+
+
+def to_toml(config: Any) -> str:
+    """The resolved config as a TOML file that loads back to an equal config."""
+    lines: list[str] = []
+
+    def emit(table: dict[str, Any], prefix: str) -> None:
+        scalars = {k: v for k, v in table.items() if not isinstance(v, dict)}
+        if prefix and (scalars or not table):
+            lines.extend(["", f"[{prefix}]"])
+        lines.extend(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in scalars.items())
+        for key, value in table.items():
+            if isinstance(value, dict):
+                emit(value, f"{prefix}.{_toml_key(key)}" if prefix else _toml_key(key))
+
+    emit(to_dict(config), "")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m.group()):04X}", escaped) + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"  # pyright: ignore[reportUnknownVariableType]
+    return repr(value)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file; see configs/ for examples") from None
+    except IsADirectoryError:
+        raise UserError(f"config {path}: is a directory, expected a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid TOML: {error}") from None
+
+
+def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
+    """Store one override in the tree, converted to the type that its field declares."""
+    where, node, hint = "command line", tree, Any
+    current: Any = cls
+    parts = key.replace("-", "_").split(".")
+    for depth, part in enumerate(parts):
+        if dataclasses.is_dataclass(current):
+            hints = get_type_hints(current)
+            if part not in hints:
+                prefix = ".".join(parts[:depth])
+                options = [f"{prefix}.{name}" if prefix else name for name in hints]
+                raise UserError(f"{where}: unknown key --{key}; {closest('.'.join(parts[: depth + 1]), options)}")
+            hint = hints[part]
+        elif get_origin(current) is dict:
+            hint = get_args(current)[1]
+        else:
+            raise UserError(f"{where}: --{key}: {'.'.join(parts[:depth])} has no keys of its own")
+        current = _without_none(hint)
+        if depth < len(parts) - 1:
+            node = node.setdefault(part, {})
+    node[parts[-1]] = _from_words(hint, values, f"{where}: --{key}")
+
+
+def _from_words(hint: Any, words: list[str], where: str) -> Any:
+    inner = _without_none(hint)
+    if get_origin(inner) is tuple:
+        return [_from_words(get_args(inner)[0], [word], where) for word in words]
+    if inner is bool and not words:
+        return True
+    if len(words) != 1:
+        raise UserError(f"{where}: expected one value, got {len(words)}")
+    word = words[0]
+    if dataclasses.is_dataclass(inner) or get_origin(inner) is dict:
+        raise UserError(f"{where}: is a section; set one of its keys, {where.split()[-1]}.KEY")
+    try:
+        if inner is bool:
+            return {"true": True, "false": False}[word.lower()]
+        if inner in (int, float):
+            return inner(word.replace("_", ""))
+        if get_origin(inner) is Literal:
+            kinds = {str(option): option for option in get_args(inner)}
+            return kinds.get(word, word)
+    except (KeyError, ValueError):
+        raise UserError(f"{where}: expected {_name(inner)}, got {word!r}") from None
+    return word
+
+
+def _build(cls: type[T], tree: Mapping[str, Any], origin: str, prefix: str) -> T:
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass type
+    for key in tree:
+        if key not in fields:
+            raise UserError(f"{origin}: unknown key {prefix + key!r}; {closest(key, fields)}")
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in tree:
+            arguments[name] = _convert(hints[name], tree[name], origin, prefix + name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            inner = _without_none(hints[name])
+            if not dataclasses.is_dataclass(inner):
+                raise UserError(f"{origin}: missing key {prefix + name!r} ({_name(hints[name])})")
+            arguments[name] = _build(inner, {}, origin, prefix + name + ".")  # type: ignore[arg-type]
+    try:
+        return cls(**arguments)
+    except UserError:
+        raise
+    except ValueError as error:
+        section = prefix.rstrip(".")
+        raise UserError(f"{origin}: {f'[{section}] ' if section else ''}{error}") from None
+
+
+def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
+    inner = _without_none(hint)
+    kind = get_origin(inner)
+    fits = False
+    if dataclasses.is_dataclass(inner):
+        if isinstance(value, Mapping):
+            return _build(inner, value, origin, key + ".")  # type: ignore[arg-type]
+    elif kind is dict:
+        if isinstance(value, Mapping):
+            entry = get_args(inner)[1]
+            return {name: _convert(entry, item, origin, f"{key}.{name}") for name, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    elif kind is tuple:
+        if isinstance(value, list):
+            element = get_args(inner)[0]
+            return tuple(_convert(element, item, origin, f"{key}[{i}]") for i, item in enumerate(value))  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
+    elif kind is Literal:
+        fits = value in get_args(inner)
+        if not fits and isinstance(value, str):
+            options = [str(option) for option in get_args(inner)]
+            raise UserError(f"{origin}: {key}: {value!r} is not one of {', '.join(options)}; {closest(value, options)}")
+    elif inner is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif inner is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, inner)
+    if not fits:
+        raise UserError(f"{origin}: {key}: expected {_name(inner)}, got {value!r}")
+    return value
+
+
+def _without_none(hint: Any) -> Any:
+    """`X | None` -> `X`."""
+    if get_origin(hint) in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not type(None)]
+        assert len(options) == 1, f"config fields have one type beside None, not {hint}"
+        return options[0]
+    return hint
+
+
+def _name(hint: Any) -> str:
+    inner = _without_none(hint)
+    if get_origin(inner) is Literal:
+        return "one of " + ", ".join(str(option) for option in get_args(inner))
+    if get_origin(inner) is tuple:
+        return f"a list of {_name(get_args(inner)[0])}"
+    if get_origin(inner) is dict or dataclasses.is_dataclass(inner):
+        return "a table"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(inner, str(inner))

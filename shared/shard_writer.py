@@ -1,0 +1,143 @@
+"""Write packs into one shard whose physical layout the reader can map.
+
+Pages of the mapped columns are PLAIN, uncompressed, without dictionary, one per row group, so that the values
+of a column chunk lie in the file one after another. Pyarrow decides page borders by size and by row count:
+both limits are set beyond what a row group can hold here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.schema import MAPPED_COLUMNS, TOKEN_COLUMNS, Document, Pack, shard_schema
+
+# About 64 MiB of payload per row group: large enough for one sequential read, small enough to buffer.
+ROW_GROUP_BYTES = 64 << 20
+# Below pyarrow's limit of 20,000 rows per page, whatever the bytes.
+ROW_GROUP_PACKS = 16_384
+# A page header counts bytes as int32; a row group stays far below unless one pack alone is larger.
+PAGE_BYTES = 1 << 30
+
+
+class ShardWriter:
+    """Append packs, then `close()`. The caller gives a temporary path and renames it (shared.files).
+
+    Raises:
+        ValueError: a pack does not have S tokens, or its arrays are not int32 / uint8 and contiguous.
+    """
+
+    def __init__(self, path: Path, num_tokens_per_pack: int, fingerprint: str) -> None:
+        self._schema = shard_schema(num_tokens_per_pack, fingerprint)
+        self._num_tokens_per_pack = num_tokens_per_pack
+        leaves = _leaf_paths(self._schema)
+        self._writer = pq.ParquetWriter(
+            path,
+            self._schema,
+            compression={leaf: "NONE" if leaf in MAPPED_COLUMNS else "ZSTD" for leaf in leaves},
+            use_dictionary=["documents.list.element.source"],
+            write_statistics=False,
+            data_page_size=PAGE_BYTES,
+            data_page_version="1.0",
+            write_page_checksum=True,
+            store_schema=True,
+        )
+        self._packs: list[Pack] = []
+        self._documents: list[Sequence[Document]] = []
+        self._bytes = 0
+        self.num_packs = 0
+
+    def append(self, pack: Pack, documents: Sequence[Document]) -> None:
+        for name in TOKEN_COLUMNS:
+            array = getattr(pack, f"{name}_S")
+            if array.shape != (self._num_tokens_per_pack,) or array.dtype != np.int32:
+                raise ValueError(
+                    f"pack {self.num_packs}: {name} is {array.dtype}{list(array.shape)}, "
+                    f"expected int32[{self._num_tokens_per_pack}]"
+                )
+        if pack.patches_XP.dtype != np.uint8 or not pack.patches_XP.flags.c_contiguous:
+            raise ValueError(f"pack {self.num_packs}: patches must be contiguous uint8")
+        if int(pack.images["nbytes"].sum()) != pack.patches_XP.nbytes:
+            raise ValueError(
+                f"pack {self.num_packs}: images claim {int(pack.images['nbytes'].sum())} bytes, "
+                f"the patch blob has {pack.patches_XP.nbytes}"
+            )
+        self._packs.append(pack)
+        self._documents.append(documents)
+        self._bytes += 12 * self._num_tokens_per_pack + pack.patches_XP.nbytes
+        self.num_packs += 1
+        if self._bytes >= ROW_GROUP_BYTES or len(self._packs) >= ROW_GROUP_PACKS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if not self._packs:
+            return
+        columns = [_fixed_column([getattr(p, f"{name}_S") for p in self._packs]) for name in TOKEN_COLUMNS]
+        columns += [
+            _binary_column([p.patches_XP for p in self._packs]),
+            _images_column(self._packs, self._schema.field("images").type),
+            _documents_column(self._documents, self._schema.field("documents").type),
+            pa.array([p.cost for p in self._packs], pa.int64()),
+            pa.array([p.checksum() for p in self._packs], pa.uint64()),
+        ]
+        table = pa.Table.from_arrays(columns, schema=self._schema)
+        self._writer.write_table(table, row_group_size=len(self._packs))
+        self._packs, self._documents, self._bytes = [], [], 0
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    leaves: list[str] = []
+    for field in schema:
+        if pa.types.is_list(field.type):
+            struct = field.type.value_type
+            leaves += [f"{field.name}.list.element.{struct.field(i).name}" for i in range(struct.num_fields)]
+        else:
+            leaves.append(field.name)
+    return leaves
+
+
+def _fixed_column(rows: list[np.ndarray]) -> pa.Array:
+    values = np.ascontiguousarray(np.stack(rows), dtype="<i4")
+    kind = pa.binary(4 * values.shape[1])
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, pa.py_buffer(values)])
+
+
+def _binary_column(blobs: list[np.ndarray]) -> pa.Array:
+    offsets = np.zeros(len(blobs) + 1, np.int64)
+    np.cumsum([blob.nbytes for blob in blobs], out=offsets[1:])
+    data = np.concatenate([blob.reshape(-1) for blob in blobs])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(blobs), buffers)
+
+
+def _list_column(kind: pa.DataType, lengths: list[int], children: list[pa.Array]) -> pa.Array:
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    struct = pa.StructArray.from_arrays(children, fields=list(kind.value_type))
+    return pa.ListArray.from_arrays(pa.array(offsets), struct, type=kind)
+
+
+def _images_column(packs: list[Pack], kind: pa.DataType) -> pa.Array:
+    images = np.concatenate([p.images for p in packs])
+    children = [pa.array(np.ascontiguousarray(images[name])) for name in images.dtype.names]
+    return _list_column(kind, [len(p.images) for p in packs], children)
+
+
+def _documents_column(documents: list[Sequence[Document]], kind: pa.DataType) -> pa.Array:
+    rows = [document for of_pack in documents for document in of_pack]
+    children = [
+        pa.array([row.start for row in rows], pa.int32()),
+        pa.array([row.length for row in rows], pa.int32()),
+        pa.array([row.source for row in rows], pa.string()).dictionary_encode(),
+        pa.array([row.key for row in rows], pa.string()),
+        pa.array([row.part for row in rows], pa.int32()),
+    ]
+    return _list_column(kind, [len(of_pack) for of_pack in documents], children)

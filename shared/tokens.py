@@ -1,0 +1,183 @@
+"""Token ids, and text to tokens in a way that text can never produce a special one.
+
+    [bos] text.. <begin_image> [image] * n <end_image> text.. <eos>
+
+Special tokens are named in the tokenizer's own files: `tokenizer_config.json` says which string plays which
+part, `tokenizer.json` (or `added_tokens_decoder` in the config) gives its id.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import UserError
+from shared.files import read_json, sha256
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+# Part a token plays -> key of tokenizer_config.json that names it. torchtitan's keys for the image tokens.
+_CONFIG_KEYS = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "pad": "pad_token",
+    "image": "img_token",
+    "begin_image": "boi_token",
+    "end_image": "eoi_token",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenIds:
+    """Ids of the special tokens, the vocabulary they live in, and the hash of the files they came from."""
+
+    bos: int | None
+    eos: int
+    pad: int
+    image: int
+    begin_image: int
+    end_image: int
+    vocabulary_size: int
+    tokenizer_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenNames:
+    """Overrides of what `tokenizer_config.json` says; an empty string takes the tokenizer's own name.
+
+    `bos = "none"` starts documents without a begin token, for tokenizers that have none.
+    """
+
+    bos: str = ""
+    eos: str = ""
+    pad: str = ""
+    image: str = ""
+    begin_image: str = ""
+    end_image: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokenizer:
+    """A tokenizer whose text can only become text."""
+
+    tokenizer: Tokenizer
+    ids: TokenIds
+
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """int32 ids of each text, without begin or end tokens.
+
+        Raises:
+            ValueError: a text became a special token in spite of everything (a vocabulary that holds the
+                special strings as ordinary entries); the message names text and token.
+        """
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        arrays = [np.array(encoding.ids, np.int32) for encoding in encoded]
+        ids = self.ids
+        special = [ids.eos, ids.pad, ids.image, ids.begin_image, ids.end_image, *filter(None, [ids.bos])]
+        for text, array in zip(texts, arrays, strict=True):
+            if np.isin(array, special).any():
+                token = int(array[np.isin(array, special)][0])
+                raise ValueError(f"text {text[:60]!r} produced special token {token}")
+        return arrays
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def load_tokenizer(directory: Path, names: TokenNames | None = None) -> TextTokenizer:
+    """Read `tokenizer.json` and `tokenizer_config.json` and resolve the special tokens.
+
+    Raises:
+        UserError: a file is missing or broken, or a special token is absent; names all that are.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    # Batches here are small and many processes run at once: one thread each.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    config = _read_files(directory)
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception for any malformed file
+        raise UserError(f"tokenizer {directory}: tokenizer.json is not a tokenizer ({error})") from None
+    added = {
+        int(number): AddedToken(entry["content"], special=True, normalized=False)
+        for number, entry in config.get("added_tokens_decoder", {}).items()
+        if entry.get("special")
+    }
+    # In id order, because entries that tokenizer.json does not know get the next free id.
+    tokenizer.add_special_tokens([added[number] for number in sorted(added)])
+    for number, token in added.items():
+        if tokenizer.token_to_id(token.content) != number:
+            raise UserError(
+                f"tokenizer {directory}: tokenizer_config.json gives {token.content!r} id {number}, tokenizer.json "
+                f"{tokenizer.token_to_id(token.content)}; make the two files agree"
+            )
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = _resolve(directory, tokenizer, config, names or TokenNames())
+    return TextTokenizer(tokenizer, ids)
+
+
+def tokenizer_hash(directory: Path) -> str:
+    return sha256(*((directory / name).read_bytes() for name in TOKENIZER_FILES))
+
+
+def _read_files(directory: Path) -> dict[str, Any]:
+    for name in TOKENIZER_FILES:
+        if not (directory / name).is_file():
+            raise UserError(
+                f"tokenizer {directory}: no {name}; expected a directory with {' and '.join(TOKENIZER_FILES)}"
+            )
+    try:
+        config = read_json(directory / "tokenizer_config.json")
+    except ValueError as error:
+        raise UserError(f"tokenizer {directory}: tokenizer_config.json is not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"tokenizer {directory}: tokenizer_config.json is not a JSON object")
+    return config
+
+
+def _resolve(directory: Path, tokenizer: Tokenizer, config: dict[str, Any], names: TokenNames) -> TokenIds:
+    found: dict[str, int] = {}
+    missing: list[str] = []
+    for part, key in _CONFIG_KEYS.items():
+        name = getattr(names, part) or _content(config.get(key))
+        if part == "bos" and (name == "none" or not name):
+            continue
+        identifier = tokenizer.token_to_id(name) if name else None
+        if identifier is None:
+            missing.append(f"{part} ({f'{name!r} is not in the vocabulary' if name else f'no {key}'})")
+        else:
+            found[part] = identifier
+    if missing:
+        raise UserError(
+            f"tokenizer {directory}: special tokens missing: {', '.join(missing)}; add them to the tokenizer or "
+            f"name them in the config, section [tokens]"
+        )
+    if len(set(found.values())) < len(found) - int(found["pad"] == found["eos"]):
+        raise UserError(f"tokenizer {directory}: two special tokens share one id: {found}; give each its own")
+    return TokenIds(
+        bos=found.get("bos"),
+        eos=found["eos"],
+        pad=found["pad"],
+        image=found["image"],
+        begin_image=found["begin_image"],
+        end_image=found["end_image"],
+        vocabulary_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        tokenizer_sha256=tokenizer_hash(directory),
+    )
+
+
+def _content(entry: Any) -> str:
+    """A token in tokenizer_config.json is a string, or an object with its `content`."""
+    return str(entry.get("content", "")) if isinstance(entry, dict) else str(entry or "")
