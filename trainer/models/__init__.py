@@ -1,0 +1,12 @@
+"""The models, written for one device: no file here knows about processes, meshes or shards.
+
+    vlm        composition and fit to a data set
+    siglip2    vision encoder           [B*N, L, P] uint8 -> z_NLE
+    projector  m x m merge and MLP      z_NLE -> visual tokens [B*N*L/m^2, D]
+    llama      decoder                  h_BSD -> h_BSD, and the head's weight
+    init       initial weights, a function of (seed, parameter name) alone
+
+Modules inside a layer carry the parameter names of Hugging Face, so that import and export rename prefixes.
+Layers are keyed by their global index and missing parts are passed through: a pipeline stage is the same
+model with parts taken out.
+"""

@@ -1,0 +1,41 @@
+"""Projector: m x m patches of the encoder become one visual token of the decoder.
+
+Patches are stored cell by cell (`shared.geometry`), so the merge is a reshape. The same layers, names and
+order of features as `Lfm2VlMultiModalProjector` of transformers, which is what a trained model is exported to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorConfig:
+    merge: int = 2
+    hidden_size: int = 2048
+    layer_norm: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("merge", "hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Projector(nn.Module):
+    def __init__(self, config: ProjectorConfig, encoder_width: int, decoder_width: int) -> None:
+        super().__init__()
+        self.merged_width = encoder_width * config.merge**2
+        # eps 1e-5: the default of torch and of Lfm2Vl.
+        self.layer_norm = nn.LayerNorm(self.merged_width, eps=1e-5) if config.layer_norm else None
+        self.linear_1 = nn.Linear(self.merged_width, config.hidden_size)
+        self.linear_2 = nn.Linear(config.hidden_size, decoder_width)
+
+    def forward(self, z_NLE: Tensor) -> Tensor:
+        """Visual tokens of all rows, one after another: [N * L / m^2, D]."""
+        z = z_NLE.reshape(-1, self.merged_width)
+        if self.layer_norm is not None:
+            z = self.layer_norm(z)
+        return self.linear_2(F.gelu(self.linear_1(z)))

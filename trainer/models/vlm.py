@@ -1,0 +1,122 @@
+"""The vision-language model: encoder, projector and decoder composed, and the check that it fits a data set.
+
+    pixel_values_NLP -> encoder -> z_NLE -> projector -> visual tokens [B*N*L/m^2, D] --+
+    tokens_BS -> embed_tokens -> h_BSD <---- visual_index_BS puts them in their places --+
+    h_BSD -> decoder -> norm -> head -> nll_BS
+
+Every shape is static and every branch always runs, also on a batch without a picture: ranks of a group stay
+in step, and the encoder's gradients are then zeros, never missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import UserError
+from shared.geometry import Budget, Geometry
+from trainer.attention import decoder_mask, encoder_mask
+from trainer.loss import chunked_nll
+from trainer.models.llama import LlamaConfig, LlamaDecoder
+from trainer.models.projector import Projector, ProjectorConfig
+from trainer.models.siglip2 import Siglip2Config, Siglip2Encoder
+
+if TYPE_CHECKING:
+    from trainer.data.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    encoder: Siglip2Config
+    projector: ProjectorConfig
+    decoder: LlamaConfig
+
+
+class VisionLanguageModel(nn.Module):
+    """One stage of the model; all of it unless parts are taken out.
+
+    A later pipeline stage has no encoder, projector and `decoder.embed_tokens`; an earlier one has no
+    `decoder.norm` and `decoder.lm_head`.
+    """
+
+    def __init__(self, config: ModelConfig, geometry: Geometry) -> None:
+        super().__init__()
+        encoder_width, decoder_width = config.encoder.hidden_size, config.decoder.hidden_size
+        self.encoder: Siglip2Encoder | None = Siglip2Encoder(config.encoder, geometry.mean, geometry.std)
+        self.projector: Projector | None = Projector(config.projector, encoder_width, decoder_width)
+        self.decoder = LlamaDecoder(config.decoder)
+
+    def forward(self, batch: Batch, h_BSD: Tensor | None = None) -> Tensor:
+        """nll_BS: nats per label, float32, 0 where there is none. A stage without the head returns h_BSD."""
+        h_BSD = self.hidden(batch, h_BSD)
+        if self.decoder.norm is None:
+            return h_BSD
+        nll_T = chunked_nll(h_BSD.flatten(0, 1), self.decoder.head_weight, batch.labels_BS.flatten())
+        return nll_T.view(batch.labels_BS.shape)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, S, V], for comparisons of small models; training never builds it."""
+        return self.hidden(batch) @ self.decoder.head_weight.t()
+
+    def hidden(self, batch: Batch, h_BSD: Tensor | None = None) -> Tensor:
+        """h_BSD after the decoder. `h_BSD` comes from the stage before, and is None in the first one."""
+        if h_BSD is None:
+            h_BSD = self.embed(batch)
+        return self.decoder(h_BSD, batch.positions_BS, decoder_mask(batch.positions_BS))
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Token embeddings with the visual tokens in their places: h_BSD."""
+        assert self.encoder is not None and self.projector is not None, "only the first stage embeds"
+        assert self.decoder.embed_tokens is not None, "only the first stage embeds"
+        mask_N1LL = encoder_mask(batch.image_ids_NL, batch.grid_thw_NL3)
+        z_NLE = self.encoder(batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, mask_N1LL)
+        return place_visual_tokens(
+            self.decoder.embed_tokens(batch.tokens_BS), self.projector(z_NLE), batch.visual_index_BS
+        )
+
+
+def place_visual_tokens(h_BSD: Tensor, visual_vD: Tensor, visual_index_BS: Tensor) -> Tensor:
+    """Replace h_BSD[b, s] by visual token `visual_index_BS[b, s]`, except where that is -1.
+
+    A visual token has at most one place. The inverse map is made first, with integers only, so that autograd
+    sees one `index_copy`, whose backward is a gather. (Backward of a gather by `visual_index_BS` would add
+    the gradients of all text positions into one row.)
+    """
+    num_places, num_visual = visual_index_BS.numel(), visual_vD.shape[0]
+    # One slot more on either side takes what has no partner.
+    index_T = torch.where(visual_index_BS < 0, num_visual, visual_index_BS).flatten().long()
+    place_v = torch.full((num_visual + 1,), num_places, device=h_BSD.device)
+    place_v[index_T] = torch.arange(num_places, device=h_BSD.device)
+    h_TD = torch.cat([h_BSD.flatten(0, 1), h_BSD.new_zeros(1, h_BSD.shape[-1])])
+    return h_TD.index_copy(0, place_v[:num_visual], visual_vD)[:num_places].view_as(h_BSD)
+
+
+def check_fit(config: ModelConfig, geometry: Geometry, budget: Budget, vocab_size: int) -> None:
+    """Refuse a model that cannot read the data set: `vocab_size` is the data set's largest token id + 1.
+
+    Raises:
+        UserError: names the key of the config, its value and the value that the data set needs.
+    """
+    needs = {
+        "encoder.patch_size": (config.encoder.patch_size, geometry.patch_size),
+        "encoder.temporal_patch_size": (config.encoder.temporal_patch_size, geometry.temporal_patch_size),
+        "projector.merge": (config.projector.merge, geometry.merge),
+    }
+    for key, (value, needed) in needs.items():
+        if value != needed:
+            raise UserError(
+                f"model does not fit the data set: {key} is {value}, the data set has {needed}; set it to {needed}"
+            )
+    if config.decoder.vocab_size < vocab_size:
+        raise UserError(
+            f"model does not fit the data set: decoder.vocab_size is {config.decoder.vocab_size}, the data set's "
+            f"tokenizer has {vocab_size} ids; set it to at least {vocab_size}"
+        )
+    if budget.L % geometry.patches_per_token:
+        raise UserError(
+            f"model does not fit the data set: a vision row of {budget.L} patches is no whole number of "
+            f"{geometry.merge} x {geometry.merge} cells; preprocess with another budget.L"
+        )
