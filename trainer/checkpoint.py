@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from shared.errors import UserError
 from shared.files import read_json, write_json
@@ -64,7 +66,12 @@ def remove_incomplete(directory: Path) -> None:
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World, keep: int
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    world: World,
+    keep: int,
 ) -> Path:
     """Write the checkpoint of `state["step"]` finished steps and drop all but the newest `keep`.
 
@@ -74,7 +81,7 @@ def save_checkpoint(
     if final.exists():
         return final
     temporary = final.with_suffix(".tmp")
-    dcp.save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=world.mesh is None)
+    save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=world.mesh is None)
     if world.is_main:
         write_json(temporary / "state.json", state)
         _flush(temporary)
@@ -97,9 +104,9 @@ def load_checkpoint(
         UserError: the checkpoint holds other parameters, or parameters of other shapes; names them.
     """
     tensors = _tensors(model, optimizer)
-    reader = dcp.FileSystemReader(path)
+    reader = FileSystemReader(path)
     _check_same(path, tensors, reader.read_metadata().state_dict_metadata, whole=optimizer is not None)
-    dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None)
+    load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     set_model_state_dict(model, _part(tensors, MODEL), options=OPTIONS)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, _part(tensors, OPTIMIZER), options=OPTIONS)
@@ -126,7 +133,11 @@ def _check_same(path: Path, tensors: dict[str, Any], saved: dict[str, Any], *, w
             raise UserError(f"checkpoint {path} {what} {_some(names)}; it belongs to another model config")
     for name, value in tensors.items():
         entry = saved[name]
-        if isinstance(value, Tensor) and isinstance(entry, TensorStorageMetadata) and entry.size != value.shape:
+        if (
+            isinstance(value, Tensor)
+            and isinstance(entry, TensorStorageMetadata)
+            and entry.size != value.shape
+        ):
             raise UserError(
                 f"checkpoint {path}: {name} has shape {list(entry.size)}, the model has {list(value.shape)}; "
                 "it belongs to another model config"

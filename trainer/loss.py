@@ -18,7 +18,9 @@ IGNORE = -100
 CHUNK_VALUES = 2**25
 
 
-def chunked_nll(h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_values: int = CHUNK_VALUES) -> Tensor:
+def chunked_nll(
+    h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_values: int = CHUNK_VALUES
+) -> Tensor:
     """Negative log likelihood of each label in nats, float32 [T]; 0 where the label is -100.
 
     The softmax is taken in float32 whatever the dtype of the inputs.

@@ -59,7 +59,11 @@ def lr_factor(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
-        decay_groups(model, config.weight_decay), lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
+        decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(beta1, beta2),
+        eps=config.eps,
+        fused=True,
     )
 
 
@@ -90,5 +94,5 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         norm = norm.full_tensor()
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     # 1e-6 as in torch's own clip_grad_norm_, which cannot take gradients of several meshes.
-    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(local, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]  # what torch.optim uses
     return norm

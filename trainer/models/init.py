@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.models.vlm import ModelConfig
 
-# What adds to the residual stream; scaled down with depth so that the stream's variance does not grow (GPT-2).
+# What adds to the residual stream: scaled down with depth, so that its variance does not grow (GPT-2).
 RESIDUAL_OUTPUTS = ("self_attn.out_proj", "self_attn.o_proj", "mlp.fc2", "mlp.down_proj")
 TOKEN_TABLES = ("embed_tokens", "lm_head")
 TOKEN_STD = 0.02  # GPT-2 and every Llama since

@@ -1,15 +1,15 @@
 """Projector: m x m patches of the encoder become one visual token of the decoder.
 
-Patches are stored cell by cell (`shared.geometry`), so the merge is a reshape. The same layers, names and
-order of features as `Lfm2VlMultiModalProjector` of transformers, which is what a trained model is exported to.
+Patches are stored cell by cell (`shared.geometry`), so the merge is a reshape. Layers, their names and the
+order of features are those of `Lfm2VlMultiModalProjector` of transformers, the target of the export.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,4 +38,4 @@ class Projector(nn.Module):
         z = z_NLE.reshape(-1, self.merged_width)
         if self.layer_norm is not None:
             z = self.layer_norm(z)
-        return self.linear_2(F.gelu(self.linear_1(z)))
+        return self.linear_2(gelu(self.linear_1(z)))

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from shared.geometry import CHANNELS
 from trainer.attention import attention
@@ -59,7 +59,9 @@ class Siglip2Config:
 class Siglip2Encoder(nn.Module):
     """Patches to features. `pixel_mean` and `pixel_std` belong to the data set, on the scale of 0 to 1."""
 
-    def __init__(self, config: Siglip2Config, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
+    def __init__(
+        self, config: Siglip2Config, pixel_mean: Sequence[float], pixel_std: Sequence[float]
+    ) -> None:
         super().__init__()
         self.pixel_mean, self.pixel_std = tuple(pixel_mean), tuple(pixel_std)
         self.patch_embedding = nn.Linear(config.values_per_patch, config.hidden_size)
@@ -116,7 +118,7 @@ class EncoderMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, z_NLE: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(z_NLE), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(z_NLE), approximate="tanh"))
 
 
 class PositionEmbedding(nn.Module):

@@ -108,12 +108,13 @@ def check_fit(config: ModelConfig, geometry: Geometry, budget: Budget, vocab_siz
     for key, (value, needed) in needs.items():
         if value != needed:
             raise UserError(
-                f"model does not fit the data set: {key} is {value}, the data set has {needed}; set it to {needed}"
+                f"model does not fit the data set: {key} is {value}, the data set has {needed}; "
+                f"set it to {needed}"
             )
     if config.decoder.vocab_size < vocab_size:
         raise UserError(
-            f"model does not fit the data set: decoder.vocab_size is {config.decoder.vocab_size}, the data set's "
-            f"tokenizer has {vocab_size} ids; set it to at least {vocab_size}"
+            f"model does not fit the data set: decoder.vocab_size is {config.decoder.vocab_size}, "
+            f"the data set's tokenizer has {vocab_size} ids; set it to at least {vocab_size}"
         )
     if budget.L % geometry.patches_per_token:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism (FSDP2): one unit per layer, one for the rest of each part, one for the root.
+"""Fully sharded data parallelism (FSDP2): a unit per layer, one for the rest of the encoder, and the root.
 
 Gradients come out *averaged* over the mesh. The loss is a sum over the global batch divided by its number of
 labels, so whoever calls backward multiplies it by the size of the mesh (`trainer.step`).

@@ -44,7 +44,7 @@ class World:
 
     @property
     def dp_size(self) -> int:
-        return 1 if self.mesh is None else self.mesh.size(self.mesh.mesh_dim_names.index(DATA_AXIS))  # pyright: ignore[reportOptionalMemberAccess]  # named above
+        return 1 if self.mesh is None else self.mesh[DATA_AXIS].size()
 
     def sum_on_host(self, values: Sequence[int]) -> list[int]:
         """Sums over all ranks of numbers that the host already has, without touching the device."""
@@ -80,7 +80,8 @@ def open_world(device: str, dtype: str) -> Iterator[World]:
         yield World(rank=0, size=1, device=place, mesh=None)
         return
     # A store in memory: one process has nobody to meet, and needs no port for it.
-    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, not in __all__
+    alone = {} if launched else {"store": store, "rank": 0, "world_size": 1}
     dist.init_process_group(BACKENDS[device], **alone)
     try:
         mesh = init_device_mesh(device, (size,), mesh_dim_names=(DATA_AXIS,))

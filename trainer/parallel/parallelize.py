@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import torch
 
+from shared.geometry import Geometry
 from trainer.models.init import init_parameters
 from trainer.models.vlm import ModelConfig, VisionLanguageModel
 from trainer.parallel.fsdp import shard
 from trainer.parallel.mesh import World
 
-from shared.geometry import Geometry
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_model(config: ModelConfig, geometry: Geometry, world: World, *, dtype: str, seed: int) -> VisionLanguageModel:
+def build_model(
+    config: ModelConfig, geometry: Geometry, world: World, *, dtype: str, seed: int
+) -> VisionLanguageModel:
     """The model of this rank, on its device, initialized. Nothing is allocated before it is sharded."""
     with torch.device("meta"):
         model = VisionLanguageModel(config, geometry)

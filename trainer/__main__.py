@@ -1,0 +1,35 @@
+"""`python -m trainer COMMAND ...`. What a user can mend is one line and exit code 2, a defect a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from shared.errors import UserError, closest
+
+# Command -> the module whose `main(argv)` runs it; only that one is imported.
+COMMANDS = {"train": "trainer.train", "eval": "trainer.evaluate"}
+USAGE = "usage: [torchrun ... -m | python -m] trainer {train,eval} ... ; each takes --help"
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    command, *rest = argv
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}; {closest(command, COMMANDS)}")
+        importlib.import_module(COMMANDS[command]).main(rest)
+    except UserError as error:
+        # Every rank meets the same error; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

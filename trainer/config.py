@@ -1,0 +1,94 @@
+"""The config of a training run: one TOML file, `--key value` on top (see shared.config).
+
+What the data set decides (S, N, L, normalization, token ids) is not here: it is read from `dataset.json`,
+and a model that does not fit it is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainer.checkpoint import CheckpointConfig
+from trainer.metrics import LogConfig
+from trainer.models.llama import LlamaConfig
+from trainer.models.projector import ProjectorConfig
+from trainer.models.siglip2 import Siglip2Config
+from trainer.models.vlm import ModelConfig
+from trainer.optim import OptimizerConfig, ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """The global batch is a number of packs, the same on any number of ranks."""
+
+    packs_per_step: int = 8
+    """Packs in one optimizer step, over all ranks."""
+    packs_per_microbatch: int = 1
+    """B: packs in one forward on one rank; what it does not reach is accumulated."""
+
+    def __post_init__(self) -> None:
+        for name in ("packs_per_step", "packs_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def accumulation(self, dp_size: int) -> int:
+        """Microbatches per step on each of `dp_size` data-parallel ranks."""
+        together = self.packs_per_microbatch * dp_size
+        if self.packs_per_step % together:
+            raise ValueError(
+                f"batch.packs_per_step {self.packs_per_step} is no multiple of {together} = "
+                f"{self.packs_per_microbatch} packs_per_microbatch x {dp_size} ranks"
+            )
+        return self.packs_per_step // together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations; 0 evaluates only after the last step."""
+    packs: int = 64
+    """Validation packs to use at most, over all ranks."""
+    packs_per_microbatch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every must not be below 0, got {self.every}")
+        for name in ("packs", "packs_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    dataset: str
+    """Directory that holds dataset.json."""
+    out: str
+    """Run directory: config.toml, run.json, metrics.jsonl, tensorboard/, checkpoints/."""
+    steps: int
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the model computes in. Weights, reductions, softmax and loss are float32 either way."""
+    encoder: Siglip2Config = field(default_factory=Siglip2Config)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    decoder: LlamaConfig = field(default_factory=LlamaConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} leaves nothing of {self.steps} steps "
+                "for the cosine"
+            )
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(encoder=self.encoder, projector=self.projector, decoder=self.decoder)

@@ -1,0 +1,197 @@
+"""What a run reports: a live line on the console, `metrics.jsonl` and TensorBoard.
+
+Losses and norms stay on the device until `log.every` steps are together; then they are summed over the ranks
+and read at once. So nothing waits for the device in between, and still every step has its own row.
+
+Rates are over the wall time of the interval, the same for all its rows: on a GPU the host's own time per step
+says nothing. Tokens, patches and labels are useful ones, padding not counted, over all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.files import atomic_path
+from trainer.parallel.mesh import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    every: int = 10
+    """Steps between readings of the device: rows are written, and a line printed, this often."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats:
+    """One finished step, as it left the train step: nothing of it has been read from the device."""
+
+    step: int
+    """Steps finished, this one included."""
+    loss: Tensor
+    """This rank's share of the loss; the sum over ranks is nats per label token."""
+    grad_norm: Tensor
+    lr: float
+    labels: int
+    tokens: int
+    patches: int
+    wait_s: float
+
+
+def read_rows(pending: Sequence[StepStats], seconds: float, world: World) -> list[dict[str, Any]]:
+    """Rows of the steps of one interval that took `seconds`. All ranks call it; the device is read once."""
+    loss = world.sum_on_device(torch.stack([stats.loss for stats in pending]))
+    grad_norm = torch.stack([stats.grad_norm for stats in pending])
+    losses, norms = torch.stack([loss, grad_norm]).tolist()
+    rates = {
+        "tokens_per_s": sum(stats.tokens for stats in pending) / seconds,
+        "patches_per_s": sum(stats.patches for stats in pending) / seconds,
+        "step_s": seconds / len(pending),
+    }
+    return [
+        {
+            "step": stats.step,
+            "loss": losses[i],
+            "grad_norm": norms[i],
+            "lr": stats.lr,
+            "labels": stats.labels,
+            "tokens": stats.tokens,
+            "patches": stats.patches,
+            "data_wait_s": stats.wait_s,
+            **rates,
+        }
+        for i, stats in enumerate(pending)
+    ]
+
+
+class Console:
+    """Lines for a person: permanent ones, and on a terminal one that is redrawn in place."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.terminal = enabled and sys.stdout.isatty()
+
+    def print(self, text: str) -> None:
+        if self.enabled:
+            print(f"\r\x1b[2K{text}" if self.terminal else text, flush=True)
+
+    def redraw(self, text: str) -> None:
+        if self.terminal:
+            print(f"\r\x1b[2K{text}", end="", flush=True)
+
+
+class Reporter:
+    """Collects finished steps; reads them, writes and prints them once per interval.
+
+    Every rank has one and calls it alike, because reading sums over the ranks; only rank 0 writes and prints.
+    Rows of the files after `start_step` are those of a killed run and are dropped.
+    """
+
+    def __init__(
+        self, directory: Path, world: World, console: Console, *, start_step: int, total_steps: int
+    ) -> None:
+        self.world, self.console, self.total_steps = world, console, total_steps
+        self.files = MetricFiles(directory, start_step=start_step) if world.is_main else None
+        self.pending: list[StepStats] = []
+        self.newest: dict[str, Any] = {}
+        self.interval_start = time.perf_counter()
+
+    def add(self, stats: StepStats) -> None:
+        self.pending.append(stats)
+        if self.newest:
+            self.console.redraw(progress_line(stats.step, self.total_steps, self.newest))
+
+    def flush(self) -> dict[str, Any]:
+        """Read, write and print what is pending; returns the newest row."""
+        if not self.pending:
+            return self.newest
+        rows = read_rows(self.pending, time.perf_counter() - self.interval_start, self.world)
+        self.pending.clear()
+        self.newest = rows[-1]
+        if self.files is not None:
+            for row in rows:
+                self.files.write(row, kind="train")
+        line = progress_line(self.newest["step"], self.total_steps, self.newest)
+        if self.console.terminal:
+            self.console.redraw(line)
+        else:
+            self.console.print(line)
+        self.restart_interval()
+        return self.newest
+
+    def restart_interval(self) -> None:
+        """Leave the time since the last `flush` out of the rates: it went into something else."""
+        self.interval_start = time.perf_counter()
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        if self.files is not None:
+            self.files.write({"step": step, **values}, kind="eval")
+        self.console.print(
+            f"evaluation after step {step}: loss {values['loss']:.4f}, "
+            f"with wrong pictures {values['loss_wrong_pictures']:.4f}"
+        )
+        self.console.print(f"vision gain {values['vision_gain']:.4f} nats per label token")
+
+    def close(self) -> None:
+        if self.files is not None:
+            self.files.close()
+
+
+class MetricFiles:
+    """metrics.jsonl and TensorBoard."""
+
+    def __init__(self, directory: Path, *, start_step: int) -> None:
+        # Imported here: it takes a second, which runs on other ranks and tests need not pay.
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = directory / "metrics.jsonl"
+        keep_rows_until(path, start_step)
+        self.rows = open(path, "a", encoding="utf-8")  # closed by close()
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, row: Mapping[str, Any], *, kind: str) -> None:
+        """Append one row; `kind` ("train" or "eval") groups its curves."""
+        self.rows.write(json.dumps({"kind": kind, **row}) + "\n")
+        self.rows.flush()
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(f"{kind}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self.rows.close()
+        self.board.close()
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """Drop the rows of later steps, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    lines = [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
+    kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+    with atomic_path(path) as temporary:
+        temporary.write_text(kept, encoding="utf-8")
+
+
+def progress_line(step: int, total_steps: int, row: Mapping[str, Any]) -> str:
+    """One line; `row` is the newest that was read, `step` may be ahead of it."""
+    left = int((total_steps - step) * row["step_s"])
+    return (
+        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {row['loss']:.4f}  "
+        f"grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+        f"{row['tokens_per_s']:,.0f} tok/s  {row['patches_per_s']:,.0f} patch/s  "
+        f"wait {1000 * row['data_wait_s']:.1f} ms  left {left // 60}:{left % 60:02}"
+    )

@@ -1,0 +1,105 @@
+"""The run directory: what a run wrote, whether it may go on, and how to get its model back.
+
+OUT/
+  config.toml      the resolved config
+  run.json         which data set it trains on
+  metrics.jsonl    one row per step and per evaluation
+  tensorboard/
+  checkpoints/     see trainer.checkpoint
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.config import load_config, to_dict, to_toml
+from shared.dataset import DataSet
+from shared.errors import UserError
+from shared.files import atomic_path, read_json, write_json
+from trainer.checkpoint import complete_checkpoints, load_checkpoint
+from trainer.config import RunConfig
+from trainer.models.vlm import VisionLanguageModel, check_fit
+from trainer.parallel.mesh import World
+from trainer.parallel.parallelize import build_model
+
+# What a resumed run may change: where things are, how long it trains, what it reports, how it splits a batch.
+MAY_CHANGE = (
+    "dataset",
+    "out",
+    "device",
+    "steps",
+    "checkpoint.",
+    "eval.",
+    "log.",
+    "batch.packs_per_microbatch",
+)
+
+
+def checkpoint_directory(out: Path) -> Path:
+    return out / "checkpoints"
+
+
+def find_checkpoint(config: RunConfig, dataset: DataSet) -> Path | None:
+    """The newest complete checkpoint of `config.out`, or None where there is nothing to resume.
+
+    Raises:
+        UserError: the run there is another one: its data or its config differ; names what differs.
+    """
+    out = Path(config.out)
+    checkpoints = complete_checkpoints(checkpoint_directory(out))
+    if not checkpoints:
+        return None
+    if read_json(out / "run.json")["dataset_identity"] != dataset.identity:
+        raise UserError(
+            f"run {out} was trained on another data set than {dataset.path}; "
+            "give its own data set, or another --out"
+        )
+    old, new = (_flat(to_dict(each)) for each in (load_run_config(out), config))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    if changed:
+        raise UserError(
+            f"run {out} cannot go on with another config: "
+            + ", ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in changed)
+            + "; give another --out"
+        )
+    return checkpoints[-1]
+
+
+def write_run(config: RunConfig, dataset: DataSet) -> None:
+    """Write config.toml and run.json. Only rank 0 calls it, after `find_checkpoint`."""
+    out = Path(config.out)
+    with atomic_path(out / "config.toml") as temporary:
+        temporary.write_text(to_toml(config), encoding="utf-8")
+    write_json(out / "run.json", {"fingerprint": dataset.fingerprint, "dataset_identity": dataset.identity})
+
+
+def load_run_config(out: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    if not (out / "config.toml").is_file():
+        raise UserError(f"run {out}: no config.toml there; give the --out of a training run")
+    return load_config(RunConfig, out / "config.toml", overrides)
+
+
+def new_model(config: RunConfig, dataset: DataSet, world: World) -> VisionLanguageModel:
+    """The initialized model of a config, checked against the data set."""
+    check_fit(config.model, dataset.geometry, dataset.budget, dataset.tokens.vocabulary_size)
+    return build_model(config.model, dataset.geometry, world, dtype=config.dtype, seed=config.seed)
+
+
+def restore_model(config: RunConfig, dataset: DataSet, world: World) -> tuple[VisionLanguageModel, int]:
+    """The model of the newest checkpoint of `config.out`, and its number of finished steps."""
+    checkpoints = complete_checkpoints(checkpoint_directory(Path(config.out)))
+    if not checkpoints:
+        raise UserError(f"run {config.out}: no complete checkpoint there; train it first")
+    model = new_model(config, dataset, world)
+    state = load_checkpoint(checkpoints[-1], model, None, world)
+    return model, state["step"]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

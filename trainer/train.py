@@ -1,0 +1,148 @@
+"""`python -m trainer train CONFIG [--key value ...]`: from a data set to a trained model.
+
+    for step in loader:   train_step -> [checkpoint] -> [evaluate] -> [rows to console, JSONL, TensorBoard]
+
+A run whose directory holds a complete checkpoint goes on from it by itself. The order of data is a function
+of (seed, epoch, step), so the number of finished steps is all there is to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.config import load_config
+from shared.dataset import DataSet, open_dataset
+from shared.errors import UserError
+from trainer.checkpoint import load_checkpoint, remove_incomplete, save_checkpoint
+from trainer.config import RunConfig
+from trainer.data.loader import Loader
+from trainer.evaluate import evaluate_model
+from trainer.metrics import Console, Reporter
+from trainer.models.vlm import VisionLanguageModel
+from trainer.optim import lr_factor, make_optimizer
+from trainer.parallel.mesh import World, open_world
+from trainer.run import checkpoint_directory, find_checkpoint, new_model, write_run
+from trainer.step import train_step
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainer train", description="Train from a data set.")
+    parser.add_argument("config", type=Path, help="TOML file; any of its keys can follow as --key value")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last")
+    arguments, overrides = parser.parse_known_args(argv)
+    config = load_config(RunConfig, arguments.config, overrides)
+    with open_world(config.device, config.dtype) as world:
+        result = train(config, world)
+        if arguments.json and world.is_main:
+            print(json.dumps(result), flush=True)
+
+
+def train(config: RunConfig, world: World) -> dict[str, Any]:
+    """Train, or go on training, until `config.steps`; returns what the last step and evaluation measured."""
+    console = Console(enabled=world.is_main)
+    dataset = open_dataset(Path(config.dataset))
+    run = start_run(config, dataset, world)
+    for line in describe_run(config, dataset, run, world):
+        console.print(line)
+    reporter = Reporter(Path(config.out), world, console, start_step=run.start_step, total_steps=config.steps)
+    try:
+        return train_loop(config, dataset, run, world, reporter)
+    finally:
+        run.loader.close()
+        reporter.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What a run needs on this rank, ready at `start_step` finished steps."""
+
+    model: VisionLanguageModel
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    start_step: int
+
+
+def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
+    """Build the model, and load the newest checkpoint of the run directory if there is one."""
+    try:
+        accumulation = config.batch.accumulation(world.dp_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    checkpoint = find_checkpoint(config, dataset)
+    model = new_model(config, dataset, world)
+    optimizer = make_optimizer(model, config.optimizer)
+    start_step = 0
+    if checkpoint is not None:
+        start_step = load_checkpoint(checkpoint, model, optimizer, world)["step"]
+    if world.is_main:
+        write_run(config, dataset)
+        remove_incomplete(checkpoint_directory(Path(config.out)))
+    world.barrier()
+    loader = Loader(
+        dataset,
+        split="train",
+        seed=config.seed,
+        packs_per_microbatch=config.batch.packs_per_microbatch,
+        accumulation=accumulation,
+        dp_rank=world.dp_rank,
+        dp_size=world.dp_size,
+        device=world.device,
+        start_step=start_step,
+    )
+    return Run(model=model, optimizer=optimizer, loader=loader, start_step=start_step)
+
+
+def train_loop(
+    config: RunConfig, dataset: DataSet, run: Run, world: World, reporter: Reporter
+) -> dict[str, Any]:
+    directory = checkpoint_directory(Path(config.out))
+    result: dict[str, Any] = {"run": config.out, "steps": max(run.start_step, config.steps)}
+    steps = iter(run.loader)
+    for finished in range(run.start_step + 1, config.steps + 1):
+        lr = config.optimizer.lr * lr_factor(finished - 1, config.steps, config.schedule)
+        clip = config.optimizer.max_grad_norm
+        reporter.add(train_step(run.model, run.optimizer, next(steps), world, lr=lr, max_grad_norm=clip))
+        save = finished % config.checkpoint.every == 0 or finished == config.steps
+        evaluate = config.eval.every > 0 and finished % config.eval.every == 0 and finished < config.steps
+        if save or evaluate or finished % config.log.every == 0:
+            result["train"] = reporter.flush()
+        if save:
+            state = {"step": finished}
+            save_checkpoint(directory, run.model, run.optimizer, state, world, keep=config.checkpoint.keep)
+        if evaluate:
+            reporter.evaluation(finished, evaluate_model(run.model, dataset, config.eval, world))
+        if save or evaluate:
+            reporter.restart_interval()
+    # Also when there was nothing left to train: asking again for a finished run shows what it reached.
+    result["eval"] = evaluate_model(run.model, dataset, config.eval, world)
+    reporter.evaluation(result["steps"], result["eval"])
+    return result
+
+
+def describe_run(config: RunConfig, dataset: DataSet, run: Run, world: World) -> list[str]:
+    """The derived arithmetic, so that a wrong run is seen before its first step."""
+    budget, batch = dataset.budget, config.batch
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in run.model.named_children()}
+    total = sum(parts.values())
+    processes = "one process" if world.mesh is None else f"{world.size} processes, mesh dp={world.dp_size}"
+    start = f"resumed after step {run.start_step}" if run.start_step else "from step 0"
+    return [
+        f"data set  {dataset.path}: {run.loader.packs_total:,} training packs of S {budget.S}, "
+        f"N {budget.N} x L {budget.L}",
+        f"model     {total / 1e6:.2f} M parameters: "
+        + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()),
+        f"device    {processes} on {world.device.type}, {config.dtype}",
+        f"batch     {batch.packs_per_step} packs = {batch.packs_per_microbatch} per microbatch x "
+        f"{batch.accumulation(world.dp_size)} accumulated x {world.dp_size} ranks: room for "
+        f"{batch.packs_per_step * budget.S:,} tokens and "
+        f"{batch.packs_per_step * budget.N * budget.L:,} patches",
+        f"length    {config.steps:,} steps of {run.loader.steps_per_epoch:,} per epoch, {start}",
+        f"run       {config.out}",
+    ]
