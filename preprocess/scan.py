@@ -6,7 +6,7 @@ No pixel is decoded: the exact cost of an image follows from its size and the re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,25 +53,10 @@ def scan_unit(task: ScanUnit) -> int:
         UserError: the unit or the tokenizer cannot be read.
     """
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
-    source = open_source(task.source, task.config)
-    keys: list[str] = []
-    reasons: list[tuple[str, str]] = []
-    drafts: list[list[IndexSegment]] = []
-    texts: list[str] = []
-    for entry in source.scan(task.unit):
-        outcome = _measure(entry, task.limits)
-        keys.append(entry.key)
-        if isinstance(outcome, Reject):
-            reasons.append((outcome.reason, outcome.detail))
-            drafts.append([])
-            continue
-        reasons.append(("", ""))
-        drafts.append(outcome)
-        assert isinstance(entry, RawSample)
-        texts += [segment.content for segment in entry.segments if isinstance(segment.content, str)]
-    samples = _with_costs(drafts, texts, tokenizer, task.geometry)
-    _write_index(task.output, keys, reasons, samples)
-    return len(keys)
+    entries = list(open_source(task.source, task.config).scan(task.unit))
+    outcomes = _count_tokens([_measure(entry, task.limits) for entry in entries], tokenizer)
+    _write_index(task.output, [entry.key for entry in entries], _fit_images(outcomes, task.geometry))
+    return len(entries)
 
 
 @lru_cache(maxsize=4)
@@ -84,42 +69,61 @@ def read_index(path: Path) -> pa.Table:
     return pq.read_table(path, schema=INDEX_SCHEMA)
 
 
-def _measure(entry: RawSample | Reject, limits: ImageLimits) -> list[IndexSegment] | Reject:
-    """Segments with the pixel sizes of their images; tokens and grids come later, for all samples at once."""
+Outcome = list[IndexSegment] | Reject
+
+
+def _measure(entry: RawSample | Reject, limits: ImageLimits) -> tuple[Outcome, list[str]]:
+    """Segments with the pixel sizes of their images, and the texts; tokens and grids come later, in bulk."""
     if isinstance(entry, Reject):
-        return entry
+        return entry, []
     segments: list[IndexSegment] = []
+    texts: list[str] = []
     for raw in entry.segments:
         if isinstance(raw.content, str):
             segments.append(IndexSegment(TEXT, raw.offset, raw.size, tokens=0))
+            texts.append(raw.content)
             continue
         try:
             header = read_header(raw.content, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
         except ImageError as error:
-            return Reject("", entry.key, error.reason, str(error))
+            return Reject("", entry.key, error.reason, str(error)), []
         segments.append(IndexSegment(IMAGE, raw.offset, raw.size, 0, header.height, header.width))
-    return segments
+    return segments, texts
 
 
-def _with_costs(
-    drafts: Sequence[Sequence[IndexSegment]], texts: Sequence[str], tokenizer: TextTokenizer, geometry: Geometry
-) -> list[list[IndexSegment]]:
-    """Fill in tokens and grids: one tokenizer call and one resize computation for the whole unit."""
-    text_tokens = iter([len(ids) for ids in tokenizer.encode(texts)])
-    images = [segment for segments in drafts for segment in segments if segment.kind == IMAGE]
+def _count_tokens(measured: Sequence[tuple[Outcome, list[str]]], tokenizer: TextTokenizer) -> list[Outcome]:
+    """Fill in the tokens of text segments: one tokenizer call for the whole unit."""
+    encoded = iter(tokenizer.encode([text for _, texts in measured for text in texts]))
+
+    def fill(outcome: Outcome, texts: list[str]) -> Outcome:
+        tokens = [next(encoded) for _ in texts]
+        if isinstance(outcome, Reject):
+            return outcome
+        for text, ids in zip(texts, tokens, strict=True):
+            if len(ids) == 0:
+                return Reject("", "", "text_without_tokens", f"the tokenizer makes nothing of {text[:60]!r}")
+            if tokenizer.holds_special(ids):
+                return Reject("", "", "special_token_in_text", f"text {text[:60]!r}")
+        lengths = iter([len(ids) for ids in tokens])
+        return [replace(s, tokens=next(lengths)) if s.kind == TEXT else s for s in outcome]
+
+    return [fill(outcome, texts) for outcome, texts in measured]
+
+
+def _fit_images(outcomes: Sequence[Outcome], geometry: Geometry) -> list[Outcome]:
+    """Fill in the grids of images: one resize computation for the whole unit."""
+    samples = [outcome for outcome in outcomes if not isinstance(outcome, Reject)]
+    images = [segment for segments in samples for segment in segments if segment.kind == IMAGE]
     sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
     grids = iter(resize_grid(sizes[:, 0], sizes[:, 1], geometry).tolist())
 
-    def fill(draft: IndexSegment) -> IndexSegment:
-        if draft.kind == TEXT:
-            return IndexSegment(TEXT, draft.offset, draft.size, next(text_tokens))
+    def fill(segment: IndexSegment) -> IndexSegment:
+        if segment.kind == TEXT:
+            return segment
         h, w = next(grids)
-        tokens = visual_tokens(1, h, w, geometry.merge) + 2
-        return IndexSegment(
-            IMAGE, draft.offset, draft.size, tokens, draft.height, draft.width, t=1, h=h, w=w
-        )
+        return replace(segment, tokens=visual_tokens(1, h, w, geometry.merge) + 2, t=1, h=h, w=w)
 
-    return [[fill(draft) for draft in segments] for segments in drafts]
+    return [o if isinstance(o, Reject) else [fill(segment) for segment in o] for o in outcomes]
 
 
 def segments_column(samples: Sequence[Sequence[IndexSegment]]) -> pa.ListArray:
@@ -132,17 +136,13 @@ def segments_column(samples: Sequence[Sequence[IndexSegment]]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), struct, type=SEGMENTS_TYPE)
 
 
-def _write_index(
-    path: Path,
-    keys: Sequence[str],
-    reasons: Sequence[tuple[str, str]],
-    samples: Sequence[Sequence[IndexSegment]],
-) -> None:
+def _write_index(path: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    rejects = [outcome if isinstance(outcome, Reject) else None for outcome in outcomes]
     columns = [
         pa.array(keys, pa.string()),
-        pa.array([reason for reason, _ in reasons], pa.string()),
-        pa.array([detail for _, detail in reasons], pa.string()),
-        segments_column(samples),
+        pa.array([reject.reason if reject else "" for reject in rejects], pa.string()),
+        pa.array([reject.detail if reject else "" for reject in rejects], pa.string()),
+        segments_column([[] if isinstance(outcome, Reject) else outcome for outcome in outcomes]),
     ]
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), temporary, compression="zstd")

@@ -73,21 +73,18 @@ class TextTokenizer:
     ids: TokenIds
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """int32 ids of each text, without begin or end tokens.
-
-        Raises:
-            ValueError: a text became a special token in spite of everything (a vocabulary that holds the
-                special strings as ordinary entries); the message names text and token.
-        """
+        """int32 ids of each text, without begin or end tokens; a special token's name in it stays text."""
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        arrays = [np.array(encoding.ids, np.int32) for encoding in encoded]
+        return [np.array(encoding.ids, np.int32) for encoding in encoded]
+
+    def holds_special(self, tokens: npt.NDArray[np.int32]) -> bool:
+        """True when encoded text holds a special id in spite of everything.
+
+        A vocabulary that lists a special string as an ordinary entry too can do that; such text is rejected.
+        """
         ids = self.ids
-        special = [ids.eos, ids.pad, ids.image, ids.begin_image, ids.end_image, *filter(None, [ids.bos])]
-        for text, array in zip(texts, arrays, strict=True):
-            if np.isin(array, special).any():
-                token = int(array[np.isin(array, special)][0])
-                raise ValueError(f"text {text[:60]!r} produced special token {token}")
-        return arrays
+        special = [ids.eos, ids.pad, ids.image, ids.begin_image, ids.end_image]
+        return bool(np.isin(tokens, special if ids.bos is None else [*special, ids.bos]).any())
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)

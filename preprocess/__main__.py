@@ -1,0 +1,165 @@
+"""`python -m preprocess COMMAND`: the command line of stage 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from preprocess import synthetic
+from preprocess.config import PreprocessConfig
+from preprocess.job import Job, make_executor, run_job
+from preprocess.report.stats import print_report
+from preprocess.verify import verify_dataset
+from shared.config import load_config
+from shared.errors import UserError, closest
+from shared.files import read_json
+
+USAGE = """usage: python -m preprocess COMMAND ...
+
+  run    CONFIG.toml [--key value ...]   scan, plan, pack, report; goes on where it was stopped
+  scan   CONFIG.toml [--key value ...]   headers and token counts -> index/
+  plan   CONFIG.toml [--key value ...]   index -> plan/
+  pack   CONFIG.toml [--key value ...]   plan -> shards/, dataset.json
+  report DATASET                         the statistics of a finished data set
+  verify DATASET                         prove every pack of a finished data set
+  synthesize DIRECTORY [--key value ...] a small captioned data set of shapes, and its tokenizer
+
+--json anywhere prints one JSON object for scripts. Keys are those of the TOML file, dotted: --budget.S 4096
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; the exit code: 0 done, 1 faults found, 2 a mistake that the message says how to mend."""
+    commands: dict[str, Callable[[list[str], bool], int]] = {
+        "run": _run,
+        "scan": _scan,
+        "plan": _plan,
+        "pack": _pack,
+        "report": _report,
+        "verify": _verify,
+        "synthesize": _synthesize,
+    }
+    as_json = "--json" in arguments
+    words = [word for word in arguments if word != "--json"]
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    try:
+        if words[0] not in commands:
+            raise UserError(f"unknown command {words[0]!r}; {closest(words[0], commands)}")
+        return commands[words[0]](words[1:], as_json)
+    except UserError as error:
+        print(f"preprocess: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("preprocess: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _config(words: list[str]) -> PreprocessConfig:
+    if not words or words[0].startswith("--"):
+        raise UserError("the first argument is the config, a TOML file; see configs/preprocess/")
+    return load_config(PreprocessConfig, Path(words[0]), words[1:])
+
+
+def _dataset(words: list[str]) -> Path:
+    if len(words) != 1:
+        raise UserError(f"expected one argument, the data set's directory; got {len(words)}")
+    return Path(words[0])
+
+
+def _run(words: list[str], as_json: bool) -> int:
+    config = _config(words)
+    stats = run_job(config)
+    if as_json:
+        print(json.dumps({"dataset": config.output, **stats}))
+    else:
+        print_report(stats, Console())
+        print(f"data set {config.output}, report {config.output}/report/report.txt")
+    return 0
+
+
+def _scan(words: list[str], as_json: bool) -> int:
+    config = _config(words)
+    job = Job(config)
+    job.prepare()
+    executor = make_executor(config)
+    try:
+        job.scan(executor)
+    finally:
+        executor.close()
+    _say({"index": f"{config.output}/index", "units": len(job.units)}, as_json)
+    return 0
+
+
+def _plan(words: list[str], as_json: bool) -> int:
+    config = _config(words)
+    job = Job(config)
+    job.prepare()
+    _require_index(job)
+    plan = job.plan()
+    packs = sum(shard["packs"] for shard in plan["shards"])
+    _say({"plan": f"{config.output}/plan", "shards": len(plan["shards"]), "packs": packs}, as_json)
+    return 0
+
+
+def _pack(words: list[str], as_json: bool) -> int:
+    config = _config(words)
+    job = Job(config)
+    job.prepare()
+    _require_index(job)
+    executor = make_executor(config)
+    try:
+        job.pack(executor)
+    finally:
+        executor.close()
+    stats = job.finish()
+    _say({"dataset": config.output, "fill": stats["fill"]}, as_json)
+    return 0
+
+
+def _require_index(job: Job) -> None:
+    missing = sum(not unit.path.exists() for unit in job.units)
+    if missing:
+        raise UserError(f"{job.output}: {missing} of {len(job.units)} inputs are not scanned; run `scan` first")
+
+
+def _report(words: list[str], as_json: bool) -> int:
+    path = _dataset(words) / "report" / "stats.json"
+    if not path.is_file():
+        raise UserError(f"data set {words[0]}: no report/stats.json; run `python -m preprocess run` to its end")
+    stats = read_json(path)
+    if as_json:
+        print(json.dumps(stats))
+    else:
+        print_report(stats, Console())
+    return 0
+
+
+def _verify(words: list[str], as_json: bool) -> int:
+    counts, faults = verify_dataset(_dataset(words))
+    if as_json:
+        print(json.dumps({**counts, "faults": faults}))
+        return 1 if faults else 0
+    for fault in faults:
+        print(fault)
+    checked = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(f"{words[0]}: {f'{len(faults)} faults' if faults else 'no fault'} in {checked}")
+    return 1 if faults else 0
+
+
+def _synthesize(words: list[str], as_json: bool) -> int:
+    synthetic.main([*words, *(["--json"] if as_json else [])])
+    return 0
+
+
+def _say(record: dict[str, object], as_json: bool) -> None:
+    print(json.dumps(record) if as_json else ", ".join(f"{key} {value}" for key, value in record.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""The account: every sample read is packed, packed in parts, or rejected with a reason. To the unit.
+
+    samples   read = packed + split_parts + sum(rejected)
+    parts     made = packed + sum(rejected)            of the samples that were cut
+
+A cut sample counts as `split_parts` when at least one of its parts is trained on; its other parts, if any
+failed, are counted in `parts.rejected`. A sample of which nothing is trained on is rejected. The two sides
+come from different files (read: index; packed: shards), so a lost sample shows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from preprocess.plan import IndexedUnit
+from preprocess.samples import Reject
+from preprocess.scan import read_index
+
+
+@dataclass(slots=True)
+class SourceAccount:
+    """One source's line of the account."""
+
+    read: int = 0
+    packed: int = 0
+    split_parts: int = 0
+    rejected: Counter[str] = field(default_factory=Counter[str])
+    parts_made: int = 0
+    parts_packed: int = 0
+    parts_rejected: Counter[str] = field(default_factory=Counter[str])
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(self.rejected.values())
+
+    def imbalance(self) -> str | None:
+        """None when both equations hold, else the one that does not."""
+        if self.read != self.packed + self.split_parts + self.num_rejected:
+            return f"read {self.read} != packed {self.packed} + split {self.split_parts} + rejected {self.num_rejected}"
+        lost = sum(self.parts_rejected.values())
+        if self.parts_made != self.parts_packed + lost:
+            return f"parts made {self.parts_made} != packed {self.parts_packed} + rejected {lost}"
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "read": self.read,
+            "packed": self.packed,
+            "split_parts": self.split_parts,
+            "rejected": dict(sorted(self.rejected.items())),
+            "parts": {
+                "made": self.parts_made,
+                "packed": self.parts_packed,
+                "rejected": dict(sorted(self.parts_rejected.items())),
+            },
+        }
+
+
+def scan_rejects(units: Sequence[IndexedUnit]) -> tuple[dict[str, int], list[Reject]]:
+    """Samples read per source, and what the scan rejected, from the index files."""
+    read: Counter[str] = Counter()
+    rejects: list[Reject] = []
+    for unit in units:
+        table = read_index(unit.path)
+        read[unit.source] += len(table)
+        bad = table.filter(pc.not_equal(table["reason"], "")).select(["key", "reason", "detail"])
+        rejects += [Reject(unit.source, **row) for row in bad.to_pylist()]
+    return dict(read), rejects
+
+
+def read_rejects(path: Path) -> list[Reject]:
+    return [Reject(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def settle(
+    sources: Sequence[str],
+    read: Mapping[str, int],
+    early_rejects: Sequence[Reject],
+    planned: Mapping[str, Mapping[str, int]],
+    results: Sequence[Mapping[str, Any]],
+) -> tuple[dict[str, SourceAccount], list[Reject]]:
+    """Account of every source, and all rejects.
+
+    early_rejects: of scan and plan. planned: `sources` of plan.json. results: the shards' result files.
+    """
+    accounts = {name: SourceAccount(read=read.get(name, 0)) for name in sources}
+    rejects = list(early_rejects)
+    for reject in early_rejects:
+        accounts[reject.source].rejected[reject.reason] += 1
+    failed_parts: defaultdict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
+    for result in results:
+        for name, counts in result["packed"].items():
+            accounts[name].packed += counts["whole"]
+            accounts[name].parts_packed += counts["parts"]
+        for row in result["rejects"]:
+            fields = {key: row[key] for key in ("source", "key", "reason", "detail", "part")}
+            rejects.append(Reject(**fields))
+            if row["parts"] == 1:
+                accounts[row["source"]].rejected[row["reason"]] += 1
+            else:
+                accounts[row["source"]].parts_rejected[row["reason"]] += 1
+                failed_parts[row["source"], row["unit"], row["key"]].append((row["reason"], row["parts"]))
+    for name, account in accounts.items():
+        account.parts_made = planned[name]["parts"]
+        account.split_parts = planned[name]["split"]
+    for (name, _, _), failures in failed_parts.items():
+        if len(failures) == failures[0][1]:  # every part failed: nothing of the sample is left
+            accounts[name].split_parts -= 1
+            accounts[name].rejected[failures[0][0]] += 1
+    return accounts, rejects

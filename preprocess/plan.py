@@ -1,0 +1,292 @@
+"""Plan: index -> which piece goes to which pack and vision row, one plan file per shard.
+
+    index rows -> pieces (split where a sample is longer than a pack) -> split train / validation
+               -> shuffled into windows -> packed -> packs shuffled -> cut into shards
+
+A plan file holds all that packing a shard needs, so that shards are independent of each other and of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from preprocess.config import PlanConfig, SourceConfig
+from preprocess.packing import pack_pieces
+from preprocess.samples import IMAGE, REJECT_SCHEMA, SEGMENTS_TYPE, IndexSegment, Reject
+from preprocess.scan import read_index
+from preprocess.stream import Part, split_sample
+from shared.files import atomic_path, write_json
+from shared.geometry import Budget, Geometry
+from shared.tokens import TokenIds
+
+PLAN_SUMMARY = "plan.json"
+
+# One row per piece, sorted by pack; `rows` are the vision rows of the piece's images.
+PLAN_SCHEMA = pa.schema(
+    [
+        ("pack", pa.int32()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("unit", pa.dictionary(pa.int32(), pa.string())),
+        ("key", pa.string()),
+        ("part", pa.int32()),
+        ("parts", pa.int32()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("first_image", pa.int32()),
+        ("last_image", pa.int32()),
+        ("rows", pa.list_(pa.int32())),
+        ("segments", SEGMENTS_TYPE),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedUnit:
+    """One scanned file: `path` is its index file."""
+
+    source: str
+    unit: str
+    path: Path
+
+
+@dataclass(slots=True)
+class Pieces:
+    """Columns over all pieces; `sample` is a row of the concatenated index."""
+
+    sample: npt.NDArray[np.int64]
+    part: npt.NDArray[np.int64]
+    parts: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    first_image: npt.NDArray[np.int64]
+    last_image: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+def make_plan(
+    units: Sequence[IndexedUnit],
+    sources: dict[str, SourceConfig],
+    output: Path,
+    *,
+    budget: Budget,
+    geometry: Geometry,
+    ids: TokenIds,
+    config: PlanConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Write the plan files and `plan.json`, the latter last; return what `plan.json` holds."""
+    index = _load_index(units)
+    pieces, rejects = _cut_into_pieces(index, sources, budget, ids, config.images_per_row)
+    image_start, patches = _images_of(index)
+    shards: list[dict[str, Any]] = []
+    for split, members in _splits(index, pieces, config.validation_fraction):
+        rng = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(split.encode()) >> 32])
+        order = rng.permutation(members)
+        pack, rows = _pack_windows(pieces, order, image_start, patches, budget, config)
+        pack = rng.permutation(int(pack.max()) + 1)[pack]
+        bytes_per_pack = _pack_bytes(pieces, order, pack, image_start, patches, budget, geometry)
+        for number, packs in enumerate(_cut_shards(bytes_per_pack, config.shard_bytes)):
+            name = f"{split}-{number:05d}.parquet"
+            here = np.flatnonzero((pack >= packs.start) & (pack < packs.stop))
+            here = here[np.argsort(pack[here], kind="stable")]
+            _write_shard_plan(output / name, index, pieces, order[here], pack[here] - packs.start, rows, here)
+            shards.append({"name": name, "split": split, "packs": len(packs), "pieces": len(here)})
+    _write_rejects(output / "rejects.parquet", rejects)
+    summary = {"shards": shards, "sources": _count(index, pieces, list(sources))}
+    write_json(output / PLAN_SUMMARY, summary)
+    return summary
+
+
+def _load_index(units: Sequence[IndexedUnit]) -> pa.Table:
+    """All index files, usable samples only, with `source` and `unit` columns."""
+    tables: list[pa.Table] = []
+    for unit in units:
+        table = read_index(unit.path)
+        table = table.filter(pc.equal(table["reason"], "")).select(["key", "segments"])
+        for name, value in (("source", unit.source), ("unit", unit.unit)):
+            column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), pa.array([value]))
+            table = table.append_column(name, column)
+        tables.append(table)
+    return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+
+
+def _flat_segments(index: pa.Table) -> tuple[npt.NDArray[np.int64], pa.StructArray]:
+    """Offsets [samples + 1] into the flattened segments, and these."""
+    lists = index["segments"].combine_chunks()
+    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return offsets - (offsets[0] if len(offsets) else 0), lists.flatten()
+
+
+def _images_of(index: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """First image of every sample [samples + 1], and the patches of every image."""
+    offsets, segments = _flat_segments(index)
+    is_image = segments.field("kind").to_numpy() == IMAGE
+    grid = [segments.field(name).to_numpy().astype(np.int64) for name in ("t", "h", "w")]
+    before = np.concatenate([[0], np.cumsum(is_image)])
+    return before[offsets], (grid[0] * grid[1] * grid[2])[is_image]
+
+
+def _cut_into_pieces(
+    index: pa.Table, sources: dict[str, SourceConfig], budget: Budget, ids: TokenIds, images_per_row: int
+) -> tuple[Pieces, list[Reject]]:
+    """Pieces of all samples. Those that surely fit one pack are handled as columns, the rest one by one."""
+    offsets, segments = _flat_segments(index)
+    tokens = np.concatenate([[0], np.cumsum(segments.field("tokens").to_numpy().astype(np.int64))])
+    length = tokens[offsets[1:]] - tokens[offsets[:-1]] + int(ids.bos is not None) + 1
+    image_start, patches = _images_of(index)
+    num_images = np.diff(image_start)
+    too_large = np.concatenate([[0], np.cumsum(patches > budget.L)])
+    fits = (length <= budget.S) & (num_images <= budget.N)
+    fits &= too_large[image_start[1:]] == too_large[image_start[:-1]]
+    whole = np.flatnonzero(fits)
+    zeros = np.zeros_like(whole)
+    rows = [np.stack([whole, zeros, zeros + 1, zeros, length[whole], zeros, num_images[whole]])]
+    rejects: list[Reject] = []
+    for sample in np.flatnonzero(~fits).tolist():
+        record = index.slice(sample, 1).to_pylist()[0]
+        parts = split_sample([IndexSegment(**s) for s in record["segments"]], ids, budget, images_per_row)
+        verdict = _judge(parts, sources[record["source"]], int(length[sample]), budget)
+        if isinstance(verdict, str):
+            detail = f"{length[sample]} tokens, {num_images[sample]} images"
+            rejects.append(Reject(record["source"], record["key"], f"exceeds_{verdict}", detail))
+        else:
+            fields = [
+                (sample, number, len(verdict), part.start, part.end, part.first_image, part.last_image)
+                for number, part in enumerate(verdict)
+            ]
+            rows.append(np.array(fields, np.int64).T)
+    columns = np.concatenate(rows, axis=1)
+    return Pieces(*columns[:, np.argsort(columns[0], kind="stable")]), rejects
+
+
+def _judge(parts: list[Part] | str, source: SourceConfig, length: int, budget: Budget) -> list[Part] | str:
+    if isinstance(parts, list) and len(parts) > 1 and source.too_long == "reject":
+        return "S" if length > budget.S else "N"
+    return parts
+
+
+def _splits(index: pa.Table, pieces: Pieces, fraction: float) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """("train", pieces), ("validation", pieces): by a hash of the key, the same whatever else is in the run."""
+    hashes = np.array([xxhash.xxh3_64_intdigest(key.encode()) >> 32 for key in index["key"].to_pylist()], np.int64)
+    validation = (hashes < fraction * 2**32)[pieces.sample]
+    for split, mask in (("train", ~validation), ("validation", validation)):
+        if mask.any():
+            yield split, np.flatnonzero(mask)
+
+
+def _pack_windows(
+    pieces: Pieces,
+    order: npt.NDArray[np.int64],
+    image_start: npt.NDArray[np.int64],
+    patches: npt.NDArray[np.int64],
+    budget: Budget,
+    config: PlanConfig,
+) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
+    """Pack of each piece of `order`, and the vision rows of its images."""
+    pack = np.empty(len(order), np.int64)
+    rows: list[npt.NDArray[np.int64]] = []
+    count = 0
+    for begin in range(0, len(order), config.window):
+        window = order[begin : begin + config.window]
+        first = image_start[pieces.sample[window]]
+        spans = [
+            patches[base + low : base + high]
+            for base, low, high in zip(first, pieces.first_image[window], pieces.last_image[window], strict=True)
+        ]
+        image_offsets = np.cumsum([0, *(len(span) for span in spans)])
+        images = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        tokens = pieces.end[window] - pieces.start[window]
+        packing = pack_pieces(tokens, image_offsets, images, budget, config.images_per_row)
+        pack[begin : begin + len(window)] = packing.pack_n + count
+        rows += np.split(packing.row_i, image_offsets[1:-1])
+        count += packing.num_packs
+    return pack, rows
+
+
+def _pack_bytes(
+    pieces: Pieces,
+    order: npt.NDArray[np.int64],
+    pack: npt.NDArray[np.int64],
+    image_start: npt.NDArray[np.int64],
+    patches: npt.NDArray[np.int64],
+    budget: Budget,
+    geometry: Geometry,
+) -> npt.NDArray[np.float64]:
+    """Payload bytes of every pack."""
+    ends = np.concatenate([[0], np.cumsum(patches)])
+    first = image_start[pieces.sample[order]]
+    vision = ends[first + pieces.last_image[order]] - ends[first + pieces.first_image[order]]
+    return np.bincount(pack, weights=vision) * geometry.values_per_patch + 12 * budget.S
+
+
+def _cut_shards(bytes_per_pack: npt.NDArray[np.float64], shard_bytes: int) -> Iterator[range]:
+    """Ranges of packs of about `shard_bytes`, equal within one pack, at least one pack each."""
+    total = bytes_per_pack.sum()
+    num_shards = max(1, round(total / shard_bytes))
+    shard = np.minimum((np.cumsum(bytes_per_pack) - bytes_per_pack) * num_shards // total, num_shards - 1)
+    borders = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(bytes_per_pack)]
+    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+        yield range(start, stop)
+
+
+def _write_shard_plan(
+    path: Path,
+    index: pa.Table,
+    pieces: Pieces,
+    chosen: npt.NDArray[np.int64],
+    pack: npt.NDArray[np.int64],
+    rows: Sequence[npt.NDArray[np.int64]],
+    places: npt.NDArray[np.int64],
+) -> None:
+    samples = index.take(pa.array(pieces.sample[chosen]))
+    columns = {
+        "pack": pack,
+        **{name: samples[name] for name in ("source", "unit", "key")},
+        **{
+            name: getattr(pieces, name)[chosen]
+            for name in ("part", "parts", "start", "end", "first_image", "last_image")
+        },
+        "rows": [rows[place] for place in places.tolist()],
+        "segments": samples["segments"],
+    }
+    table = pa.table(columns).select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+    with atomic_path(path) as temporary:
+        pq.write_table(reject_table(rejects), temporary)
+
+
+def reject_table(rejects: Sequence[Reject]) -> pa.Table:
+    columns = {field.name: [getattr(reject, field.name) for reject in rejects] for field in REJECT_SCHEMA}
+    return pa.table(columns, schema=REJECT_SCHEMA)
+
+
+def _count(index: pa.Table, pieces: Pieces, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Per source: samples in one piece (`whole`), samples cut (`split`), and the parts these became."""
+    source = np.array(index["source"].to_pylist(), dtype=object)[pieces.sample]
+    first = pieces.part == 0
+    cut = pieces.parts > 1
+    return {
+        name: {
+            "whole": int(((source == name) & ~cut).sum()),
+            "split": int(((source == name) & cut & first).sum()),
+            "parts": int(((source == name) & cut).sum()),
+        }
+        for name in names
+    }

@@ -1,0 +1,75 @@
+"""The passes on Ray. The only module that imports ray.
+
+Only tasks' arguments (small records) and results (counts) cross the cluster: workers read inputs and write
+shards themselves. At most `workers + queued` tasks exist at a time, so that a cluster never holds more than a
+little of the job and an error stops it soon.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from preprocess.config import ExecutorConfig
+
+# Before ray is imported: no usage statistics, and no override of what devices a worker sees.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import ray.exceptions
+
+U = TypeVar("U")
+R = TypeVar("R")
+
+
+class RayExecutor:
+    """Tasks on a running cluster (`address`), or on a local one that lives as long as this object."""
+
+    name = "ray"
+
+    def __init__(self, config: ExecutorConfig) -> None:
+        self._config = config
+        local: dict[str, Any] = {"num_cpus": config.workers or None, "include_dashboard": False}
+        ray.init(
+            address=config.address or "local",
+            logging_level="ERROR",
+            log_to_driver=False,
+            configure_logging=True,
+            **({} if config.address else local),
+        )
+
+    def map(self, function: Callable[[U], R], units: Sequence[U]) -> Iterator[R]:
+        """Results in order of completion. OSErrors and lost workers are retried, everything else is raised."""
+        remote = ray.remote(function).options(
+            num_cpus=1,
+            max_retries=self._config.retries,
+            retry_exceptions=[OSError],
+        )
+        workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        limit = workers * (1 + self._config.queued_per_worker)
+        waiting = iter(units)
+        running: list[Any] = []
+        try:
+            for unit in waiting:
+                running.append(remote.remote(unit))
+                if len(running) >= limit:
+                    done, running = ray.wait(running, num_returns=1)
+                    yield self._result(done[0])
+            while running:
+                done, running = ray.wait(running, num_returns=1)
+                yield self._result(done[0])
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+    def close(self) -> None:
+        ray.shutdown()
+
+    def _result(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, Exception) else error) from None

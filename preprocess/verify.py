@@ -1,0 +1,150 @@
+"""Prove a finished data set from its own bytes: layout, checksums, budgets, placement, labels, totals.
+
+Nothing here trusts the code that wrote the shards; each statement of the format is checked on every pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shared.dataset import DataSet, ShardEntry, open_dataset
+from shared.errors import UserError
+from shared.schema import IGNORE_LABEL, Document, Pack
+from shared.tokens import TokenIds
+
+
+def verify_dataset(path: Path) -> tuple[dict[str, int], list[str]]:
+    """Counts of what was checked, and every fault found, one line each.
+
+    Raises:
+        UserError: the data set cannot be opened at all.
+    """
+    dataset = open_dataset(path)
+    counts = {"shards": 0, "packs": 0, "documents": 0, "images": 0, "bytes": 0}
+    faults: list[str] = []
+    for shard in dataset.shards:
+        counts["shards"] += 1
+        counts["bytes"] += shard.bytes
+        faults += [f"{shard.name}: {fault}" for fault in _verify_shard(dataset, shard, counts)]
+    faults += [f"account of {name}: {fault}" for name, fault in _account_faults(dataset.manifest["account"])]
+    return counts, faults
+
+
+def _verify_shard(dataset: DataSet, shard: ShardEntry, counts: dict[str, int]) -> Iterator[str]:
+    path = dataset.path / "shards" / shard.name
+    try:
+        reader = dataset.reader(shard)
+    except UserError as error:
+        yield str(error)
+        return
+    if path.stat().st_size != shard.bytes:
+        yield f"{path.stat().st_size} bytes, dataset.json says {shard.bytes}"
+    elif (found := _file_checksum(path)) != shard.checksum:
+        yield f"file checksum {found}, dataset.json says {shard.checksum}"
+    for row in range(len(reader)):
+        pack, documents = reader.pack(row), reader.documents(row)
+        counts["packs"] += 1
+        counts["documents"] += len(documents)
+        counts["images"] += len(pack.images)
+        if damage := reader.damage(row):
+            yield f"pack {row}: {damage}"
+        for fault in pack_faults(pack, documents, dataset):
+            yield f"pack {row}: {fault}"
+
+
+def pack_faults(pack: Pack, documents: list[Document], dataset: DataSet) -> Iterator[str]:
+    """Everything that is wrong with one pack."""
+    used = sum(document.length for document in documents)
+    starts = np.cumsum([0, *(document.length for document in documents)])[:-1]
+    if [document.start for document in documents] != starts.tolist() or used > dataset.budget.S:
+        yield f"documents do not lie one after another within S = {dataset.budget.S}"
+        return
+    lengths = [*(document.length for document in documents), dataset.budget.S - used]
+    if not np.array_equal(pack.positions_S, np.concatenate([np.arange(length) for length in lengths])):
+        yield "positions do not restart at 0 in every document"
+    if (pack.tokens_S[used:] != dataset.tokens.pad).any() or (pack.labels_S[used:] != IGNORE_LABEL).any():
+        yield "padding is not pad tokens with label -100"
+    if pack.tokens_S.min() < 0 or pack.tokens_S.max() >= dataset.tokens.vocabulary_size:
+        yield "a token lies outside the vocabulary"
+    yield from _label_faults(pack, starts, used, dataset.tokens)
+    yield from _image_faults(pack, dataset)
+
+
+def _label_faults(pack: Pack, starts: npt.NDArray[Any], used: int, ids: TokenIds) -> Iterator[str]:
+    """A label is the next token of the same document, or -100 before an image's own tokens and at the end."""
+    tokens, labels = pack.tokens_S, pack.labels_S
+    ends = np.append(starts[1:], used).astype(np.int64) - 1
+    inside = np.ones(used, bool)
+    inside[ends[ends >= 0]] = False
+    expected = np.full(used, IGNORE_LABEL, np.int64)
+    following = np.append(tokens[1:used], 0)
+    learned = inside & ~np.isin(following, (ids.image, ids.begin_image, ids.end_image))
+    expected[learned] = following[learned]
+    # The last label of a part is the first token of the next part, which lies in another pack.
+    if (labels[:used] != expected)[inside].any():
+        yield "a label is not the next token of its document"
+    last = labels[ends[ends >= 0]]
+    if (last[tokens[ends[ends >= 0]] == ids.eos] != IGNORE_LABEL).any():
+        yield "an end-of-text token has a label"
+    if np.isin(labels, (ids.image, ids.begin_image, ids.end_image, ids.pad)).any() and ids.pad != ids.eos:
+        yield "a label is an image or padding token"
+
+
+def _image_faults(pack: Pack, dataset: DataSet) -> Iterator[str]:
+    images, budget, geometry = pack.images, dataset.budget, dataset.geometry
+    patches = images["t"].astype(np.int64) * images["h"] * images["w"]
+    if (patches > geometry.max_patches_per_image).any() or (np.minimum(images["h"], images["w"]) < 1).any():
+        yield f"an image has more than {geometry.max_patches_per_image} patches, or none"
+    if (images["nbytes"] != patches * geometry.values_per_patch).any():
+        yield "an image's bytes are not its patches times P"
+    if len(images) and (images["row"].min() < 0 or images["row"].max() >= budget.N):
+        yield f"an image lies outside the N = {budget.N} vision rows"
+    if ((images["h"] % geometry.merge) | (images["w"] % geometry.merge)).any():
+        yield f"an image's grid is not a multiple of m = {geometry.merge}"
+    if (np.diff(images["row"]) < 0).any():
+        yield "images are not in the order of vision rows"
+    for row in np.unique(images["row"]):
+        here = images["row"] == row
+        ends = np.cumsum(patches[here])
+        if not np.array_equal(images["offset"][here], ends - patches[here]) or ends[-1] > budget.L:
+            yield f"vision row {row}: images do not lie one after another within L = {budget.L}"
+    yield from _placeholder_faults(pack, patches // geometry.patches_per_token, dataset.tokens)
+
+
+def _placeholder_faults(pack: Pack, num_tokens: npt.NDArray[np.int64], ids: TokenIds) -> Iterator[str]:
+    """Image tokens stand exactly where the images column says, between a begin and an end token."""
+    expected = np.zeros(len(pack.tokens_S), bool)
+    for start, count in zip(pack.images["token_start"].tolist(), num_tokens.tolist(), strict=True):
+        inside = 1 <= start and start + count < len(expected)
+        if not inside or pack.tokens_S[start - 1] != ids.begin_image or pack.tokens_S[start + count] != ids.end_image:
+            yield f"the image at token {start} is not between its begin and end token"
+            continue
+        if expected[start : start + count].any():
+            yield f"two images share tokens at {start}"
+        expected[start : start + count] = True
+    if not np.array_equal(expected, pack.tokens_S == ids.image):
+        yield "image tokens are not where the images column says"
+
+
+def _file_checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _account_faults(account: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, line in account.items():
+        accounted = line["packed"] + line["split_parts"] + sum(line["rejected"].values())
+        if line["read"] != accounted:
+            yield name, f"{line['read']} samples read, {accounted} accounted for"
+        parts = line["parts"]
+        if parts["made"] != parts["packed"] + sum(parts["rejected"].values()):
+            yield name, "the parts of cut samples do not add up"
