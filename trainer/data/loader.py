@@ -1,0 +1,151 @@
+"""The loader: one process, no workers. A thread stays a few steps ahead of training.
+
+    order -> deal -> map -> assemble into pinned memory -> copy to the device -> queue -> train step
+
+There is nothing to decode, so one thread suffices; numpy's large copies release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+
+from shared.dataset import DataSet
+from trainer.data.batch import Batch, assemble_batch
+from trainer.data.order import deal_packs, packs_of_step
+
+# Steps kept ready: one being consumed, one waiting. More only costs memory.
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Everything that one optimizer step needs on this rank. Counts are of this rank, padding excluded."""
+
+    index: int
+    microbatches: list[Batch]
+    num_labels: int
+    num_tokens: int
+    num_patches: int
+    wait_s: float
+
+
+class Loader:
+    """Iterate over steps from `start_step` on, for ever; `close()` ends the thread.
+
+    Errors of the thread (a damaged or missing shard) are raised in the consumer.
+    """
+
+    def __init__(
+        self,
+        dataset: DataSet,
+        *,
+        split: str,
+        seed: int,
+        packs_per_microbatch: int,
+        accumulation: int,
+        dp_rank: int,
+        dp_size: int,
+        device: torch.device,
+        start_step: int,
+    ) -> None:
+        self._dataset, self._split, self._seed = dataset, split, seed
+        self._packs_per_microbatch, self._accumulation = packs_per_microbatch, accumulation
+        self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
+        self.packs_total = dataset.num_packs(split)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ready: queue.Queue[tuple[Step, torch.cuda.Event | None] | BaseException] = queue.Queue(STEPS_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._produce, args=(start_step,), daemon=True, name="loader")
+        self._thread.start()
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs in one global batch."""
+        return self._packs_per_microbatch * self._accumulation * self._dp_size
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.packs_total / self.packs_per_step
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            begin = time.perf_counter()
+            entry = self._ready.get()
+            if isinstance(entry, BaseException):
+                raise entry
+            step, copied = entry
+            if copied is not None:
+                _hand_over(step, copied)
+            yield Step(
+                step.index,
+                step.microbatches,
+                step.num_labels,
+                step.num_tokens,
+                step.num_patches,
+                wait_s=time.perf_counter() - begin,
+            )
+
+    def close(self) -> None:
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:  # a full queue keeps the thread from seeing the event
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def _produce(self, step: int) -> None:
+        try:
+            while not self._stopped.is_set():
+                self._ready.put(self._load(step))
+                step += 1
+        except BaseException as error:  # noqa: BLE001  # handed to the consumer, whatever it is
+            self._ready.put(error)
+
+    def _load(self, index: int) -> tuple[Step, torch.cuda.Event | None]:
+        """Assemble the step and start its copy to the device."""
+        chosen = packs_of_step(self.packs_total, self.packs_per_step, self._seed, index)
+        dealt = deal_packs(
+            self._dataset.costs(self._split, chosen),
+            dp_size=self._dp_size,
+            accumulation=self._accumulation,
+            packs_per_microbatch=self._packs_per_microbatch,
+        )[self._dp_rank]
+        batches: list[Batch] = []
+        labels = tokens = patches = 0
+        for microbatch in dealt:
+            packs = [self._dataset.pack(self._split, int(number)) for number in chosen[microbatch]]
+            batch = assemble_batch(
+                packs,
+                packs_per_microbatch=self._packs_per_microbatch,
+                budget=self._dataset.budget,
+                values_per_patch=self._dataset.geometry.values_per_patch,
+                merge=self._dataset.geometry.merge,
+                pad_token=self._dataset.tokens.pad,
+                pin_memory=self._copies is not None,
+            )
+            labels += int((batch.labels_BS >= 0).sum())
+            tokens += int((batch.tokens_BS != self._dataset.tokens.pad).sum())
+            patches += sum(len(pack.patches_XP) for pack in packs)
+            batches.append(batch)
+        if self._copies is None:
+            return Step(index, batches, labels, tokens, patches, wait_s=0.0), None
+        with torch.cuda.stream(self._copies):
+            batches = [batch.to(self._device) for batch in batches]
+            copied = torch.cuda.Event()
+            copied.record(self._copies)
+        return Step(index, batches, labels, tokens, patches, wait_s=0.0), copied
+
+
+def _hand_over(step: Step, copied: torch.cuda.Event) -> None:
+    """Let the training stream wait for the copy, on the device; the host goes on."""
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    for batch in step.microbatches:
+        for field in fields(batch):
+            getattr(batch, field.name).record_stream(current)
