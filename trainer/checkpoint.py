@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,8 @@ def save_checkpoint(
     if final.exists():
         return final
     temporary = final.with_suffix(".tmp")
-    save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=world.mesh is None)
+    with _expected_alone():
+        save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=world.mesh is None)
     if world.is_main:
         write_json(temporary / "state.json", state)
         _flush(temporary)
@@ -106,7 +109,8 @@ def load_checkpoint(
     tensors = _tensors(model, optimizer)
     reader = FileSystemReader(path)
     _check_same(path, tensors, reader.read_metadata().state_dict_metadata, whole=optimizer is not None)
-    load(tensors, storage_reader=reader, no_dist=world.mesh is None)
+    with _expected_alone():
+        load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     set_model_state_dict(model, _part(tensors, MODEL), options=OPTIONS)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, _part(tensors, OPTIMIZER), options=OPTIONS)
@@ -149,6 +153,14 @@ def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return ", ".join(ordered[:3]) + more
+
+
+@contextmanager
+def _expected_alone() -> Iterator[None]:
+    """Without a process group torch warns that it assumes one process; that is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _flush(directory: Path) -> None:

@@ -47,8 +47,10 @@ class BatchConfig:
 class EvalConfig:
     every: int = 0
     """Steps between evaluations; 0 evaluates only after the last step."""
+    split: str = "validation"
+    """Split of the data set to evaluate on."""
     packs: int = 64
-    """Validation packs to use at most, over all ranks."""
+    """Packs of it to use at most, over all ranks."""
     packs_per_microbatch: int = 1
 
     def __post_init__(self) -> None:

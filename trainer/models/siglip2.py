@@ -149,12 +149,15 @@ def resize_weights(index: Tensor, length: Tensor, grid: int) -> Tensor:
     What `interpolate(mode="bilinear", antialias=True, align_corners=False)` does along one axis: a triangle
     around the sample's centre, one table entry wide when it enlarges and one sample wide when it shrinks.
     `index` and `length` are integers, -1 at padding (which gets the weights of the first of one sample).
+
+    Twice the distance from sample i of n to entry j of G, in units of 1/(n*G), is the integer
+    |n(2j+1) - G(2i+1)|, and the triangle ends at 2*max(n, G): a weight is a quotient of two integers.
     """
-    scale = grid / length.clamp(min=1).unsqueeze(-1).float()
-    centre = (index.clamp(min=0).unsqueeze(-1).float() + 0.5) * scale
-    entry_G = torch.arange(grid, device=index.device, dtype=torch.float32) + 0.5
-    weights = (1 - (entry_G - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(dim=-1, keepdim=True)
+    index, length = index.clamp(min=0).unsqueeze(-1), length.clamp(min=1).unsqueeze(-1)
+    entry_G = torch.arange(grid, device=index.device, dtype=index.dtype)
+    distance = (length * (2 * entry_G + 1) - grid * (2 * index + 1)).abs()
+    triangle = (2 * length.clamp(min=grid) - distance).clamp(min=0)
+    return triangle / triangle.sum(dim=-1, keepdim=True)
 
 
 def normalize_pixels(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -54,8 +54,7 @@ class VisionLanguageModel(nn.Module):
         h_BSD = self.hidden(batch, h_BSD)
         if self.decoder.norm is None:
             return h_BSD
-        nll_T = chunked_nll(h_BSD.flatten(0, 1), self.decoder.head_weight, batch.labels_BS.flatten())
-        return nll_T.view(batch.labels_BS.shape)
+        return chunked_nll(h_BSD, self.decoder.head_weight, batch.labels_BS)
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, S, V], for comparisons of small models; training never builds it."""

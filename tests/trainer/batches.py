@@ -1,0 +1,115 @@
+"""Batches built by hand, the slow and obvious way: what the loader makes from shards, made from lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from shared.geometry import Budget, Geometry, patch_positions
+from trainer.data.batch import Batch
+from trainer.models.llama import LlamaConfig
+from trainer.models.projector import ProjectorConfig
+from trainer.models.siglip2 import Siglip2Config
+from trainer.models.vlm import ModelConfig
+
+GEOMETRY = Geometry(patch_size=2, merge=2, max_patches_per_image=64)
+IMAGE, BEGIN, END, EOS, PAD, VOCABULARY = 1, 2, 3, 4, 0, 40
+
+
+@dataclass(frozen=True)
+class Picture:
+    """t x h x w patches with random pixels."""
+
+    h: int
+    w: int
+    t: int = 1
+    seed: int = 0
+
+    @property
+    def patches(self) -> int:
+        return self.t * self.h * self.w
+
+    def pixels(self) -> np.ndarray:
+        shape = (self.patches, GEOMETRY.values_per_patch)
+        return np.random.default_rng([self.seed, self.h, self.w]).integers(0, 256, shape, dtype=np.uint8)
+
+
+Document = Sequence[int | Picture]
+"""Text tokens and pictures, in order."""
+
+
+def tiny_config(**decoder: object) -> ModelConfig:
+    return ModelConfig(
+        encoder=Siglip2Config(
+            hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, patch_size=2, position_grid=4
+        ),
+        projector=ProjectorConfig(merge=2, hidden_size=32),
+        decoder=LlamaConfig(
+            **{
+                "vocab_size": VOCABULARY,
+                "hidden_size": 24,
+                "intermediate_size": 48,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "tie_embeddings": False,
+                **decoder,
+            }
+        ),
+    )
+
+
+def make_batch(packs: Sequence[Sequence[Document]], budget: Budget) -> Batch:
+    """One microbatch of `packs`, each a list of documents; images fill the rows of their pack in order."""
+    S, N, L, B = budget.S, budget.N, budget.L, len(packs)
+    cell = GEOMETRY.patches_per_token
+    tokens, labels = np.full((B, S), PAD), np.full((B, S), -100)
+    positions, visual_index = np.zeros((B, S)), np.full((B, S), -1)
+    pixels = np.zeros((B * N, L, GEOMETRY.values_per_patch), np.uint8)
+    grid, ids, sizes = np.full((B * N, L, 3), -1), np.full((B * N, L), -1), np.full((B * N, L, 2), -1)
+    for b, documents in enumerate(packs):
+        at, row, offset, num_images = 0, b * N, 0, 0
+        for document in documents:
+            start = at
+            for part in [*document, EOS]:
+                if isinstance(part, int):
+                    tokens[b, at] = part
+                    if at > start:
+                        labels[b, at - 1] = part
+                    at += 1
+                    continue
+                if offset + part.patches > L:
+                    row, offset = row + 1, 0
+                assert row < (b + 1) * N, "the pictures do not fit the rows"
+                here = slice(offset, offset + part.patches)
+                pixels[row, here] = part.pixels()
+                grid[row, here] = patch_positions(np.array([[part.t, part.h, part.w]]), GEOMETRY.merge)
+                ids[row, here], sizes[row, here] = num_images, (part.h, part.w)
+                count = part.patches // cell
+                visual = (row * L + offset) // cell + np.arange(count)
+                tokens[b, at : at + count + 2] = [BEGIN, *[IMAGE] * count, END]
+                visual_index[b, at + 1 : at + 1 + count] = visual
+                at, offset, num_images = at + count + 2, offset + part.patches, num_images + 1
+            positions[b, start:at] = np.arange(at - start)
+        positions[b, at:] = np.arange(S - at)
+    integers = (
+        torch.from_numpy(array.astype(np.int32)) for array in (tokens, labels, positions, visual_index)
+    )
+    tokens_BS, labels_BS, positions_BS, visual_index_BS = integers
+    return Batch(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        positions_BS=positions_BS,
+        visual_index_BS=visual_index_BS,
+        pixel_values_NLP=torch.from_numpy(pixels),
+        grid_thw_NL3=torch.from_numpy(grid.astype(np.int32)),
+        image_ids_NL=torch.from_numpy(ids.astype(np.int32)),
+        image_sizes_NL2=torch.from_numpy(sizes.astype(np.int32)),
+    )
+
+
+def num_labels(batch: Batch) -> int:
+    return int((batch.labels_BS != -100).sum())

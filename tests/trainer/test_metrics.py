@@ -1,0 +1,65 @@
+"""Rows of the metrics, and what becomes of them when a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.metrics import Console, Reporter, StepStats, keep_rows_until, progress_line
+from trainer.parallel.mesh import World
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
+
+
+def stats(step: int) -> StepStats:
+    return StepStats(
+        step=step,
+        loss=torch.tensor(float(step)),
+        grad_norm=torch.tensor(2.0),
+        lr=0.1,
+        labels=3,
+        tokens=100,
+        patches=50,
+        wait_s=0.001,
+    )
+
+
+def test_every_step_has_its_row_and_the_console_one_line_per_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = Reporter(tmp_path, WORLD, Console(enabled=True), start_step=0, total_steps=10)
+    reporter.interval_start -= 2.0
+    for step in (1, 2):
+        reporter.add(stats(step))
+    newest = reporter.flush()
+    reporter.evaluation(2, {"loss": 1.0, "loss_wrong_pictures": 1.5, "vision_gain": 0.5})
+    reporter.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"], row["loss"]) for row in rows] == [
+        ("train", 1, 1.0),
+        ("train", 2, 2.0),
+        ("eval", 2, 1.0),
+    ]
+    # 200 tokens in the 2 seconds of the interval.
+    assert newest["tokens_per_s"] == pytest.approx(100, rel=0.05) and newest["step_s"] == pytest.approx(
+        1, rel=0.05
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].startswith("step  2/10  loss 2.0000  grad 2.000  lr 1.00e-01")
+    assert lines[2] == "vision gain 0.5000 nats per label token"
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_rows_after_the_resumed_step_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    keep_rows_until(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_progress_line_tells_the_time_left() -> None:
+    row = dict.fromkeys(["loss", "grad_norm", "lr", "tokens_per_s", "patches_per_s", "data_wait_s"], 1.0)
+    assert progress_line(40, 100, {**row, "step_s": 1.5}).endswith("wait 1000.0 ms  left 1:30")

@@ -1,0 +1,173 @@
+"""The composed model: documents and pictures of a pack do not see each other; fit to a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaConfig as ReferenceConfig
+from transformers import LlamaForCausalLM
+
+from shared.errors import UserError
+from shared.geometry import Budget, Geometry
+from tests.trainer.batches import GEOMETRY, VOCABULARY, Picture, make_batch, num_labels, tiny_config
+from trainer.models.init import init_parameters
+from trainer.models.vlm import ModelConfig, VisionLanguageModel, check_fit, place_visual_tokens
+
+DOCUMENTS = [
+    [7, 8, Picture(4, 2), 9, 10, 11],
+    [12, 13, 14],
+    [Picture(2, 6, seed=1), 15, Picture(4, 4, seed=2), 16, 17],
+    [18, Picture(2, 2, seed=3), 19],
+]
+BUDGET = Budget(S=64, N=3, L=24)
+
+
+def make_model(config: ModelConfig | None = None) -> VisionLanguageModel:
+    config = config or tiny_config()
+    model = VisionLanguageModel(config, GEOMETRY)
+    init_parameters(model, config, seed=3)
+    return model
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_packed_loss_equals_the_token_weighted_mean_of_documents_run_alone(tie_embeddings: bool) -> None:
+    model = make_model(tiny_config(tie_embeddings=tie_embeddings))
+    packed = make_batch([DOCUMENTS[:3], DOCUMENTS[3:]], BUDGET)
+    packed_loss = model(packed).sum() / num_labels(packed)
+    alone = [make_batch([[document]], Budget(S=24, N=2, L=16)) for document in DOCUMENTS]
+    total = torch.stack([model(batch).sum() for batch in alone]).sum()
+    labels = sum(num_labels(batch) for batch in alone)
+    assert labels == num_labels(packed)
+    assert abs((packed_loss - total / labels).item()) < 1e-5
+
+
+def test_loss_is_the_cross_entropy_of_the_logits() -> None:
+    model, batch = make_model(), make_batch([DOCUMENTS], BUDGET)
+    logits = model.logits(batch).flatten(0, 1)
+    reference = torch.nn.functional.cross_entropy(logits, batch.labels_BS.flatten().long(), reduction="none")
+    assert torch.allclose(model(batch).flatten(), reference, atol=1e-5)
+
+
+def test_what_stands_in_padding_changes_no_loss() -> None:
+    model, batch = make_model(), make_batch([DOCUMENTS[:2]], BUDGET)
+    length = int((batch.labels_BS[0] != -100).nonzero().max()) + 2
+    tokens, pixels = batch.tokens_BS.clone(), batch.pixel_values_NLP.clone()
+    tokens[0, length:] = 33
+    pixels[batch.image_ids_NL < 0] = 99
+    noisy = dataclasses.replace(batch, tokens_BS=tokens, pixel_values_NLP=pixels)
+    assert torch.equal(model(batch), model(noisy))
+
+
+def test_a_picture_changes_its_own_document_only() -> None:
+    model = make_model()
+    batch = make_batch([DOCUMENTS], BUDGET)
+    other = make_batch(
+        [[DOCUMENTS[0], DOCUMENTS[1], [Picture(2, 6, seed=9), *DOCUMENTS[2][1:]], DOCUMENTS[3]]], BUDGET
+    )
+    changed = (model(batch) != model(other))[0].nonzero().flatten()
+    document = (batch.positions_BS[0] == 0).cumsum(0)
+    assert set(document[changed].tolist()) == {3}
+
+
+def test_a_batch_without_pictures_gives_zero_gradients_to_the_vision_parts() -> None:
+    model = make_model()
+    model(make_batch([[[5, 6, 7]]], Budget(S=8, N=1, L=8))).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if not name.startswith("decoder"):
+            assert parameter.grad.eq(0).all(), name
+
+
+def test_pictures_give_gradients_to_every_vision_parameter() -> None:
+    model = make_model()
+    model(make_batch([DOCUMENTS], BUDGET)).sum().backward()
+    # The softmax does not feel a shift of all keys: the gradient of k_proj.bias is 0 but for rounding.
+    still = [n for n, p in model.named_parameters() if "k_proj.bias" not in n and not p.grad.abs().max() > 0]
+    assert still == []
+
+
+def test_visual_tokens_land_where_the_index_says() -> None:
+    h = torch.arange(12.0).view(2, 3, 2)
+    visual = torch.tensor([[100.0, 101.0], [200.0, 201.0], [300.0, 301.0]], requires_grad=True)
+    placed = place_visual_tokens(h, visual, torch.tensor([[-1, 2, -1], [0, -1, -1]], dtype=torch.int32))
+    expected = h.clone()
+    expected[0, 1], expected[1, 0] = torch.tensor([300.0, 301.0]), torch.tensor([100.0, 101.0])
+    assert torch.equal(placed, expected)
+    placed.sum().backward()
+    assert torch.equal(visual.grad, torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_two_stages_with_parts_taken_out_equal_the_whole_model() -> None:
+    batch = make_batch([DOCUMENTS], BUDGET)
+    whole, first, last = make_model(), make_model(), make_model()
+    del first.decoder.layers["1"], last.decoder.layers["0"]
+    first.decoder.norm = first.decoder.lm_head = None
+    last.encoder = last.projector = last.decoder.embed_tokens = None
+    assert torch.equal(last(batch, first(batch)), whole(batch))
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_decoder_equals_transformers_on_packed_text(tie_embeddings: bool) -> None:
+    model = make_model(tiny_config(tie_embeddings=tie_embeddings))
+    reference = LlamaForCausalLM(
+        ReferenceConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            rope_theta=500000.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            tie_word_embeddings=tie_embeddings,
+        )
+    ).eval()
+    weights = model.decoder.state_dict()
+    names = {
+        name if name.startswith("lm_head") else "model." + name: value for name, value in weights.items()
+    }
+    missing, unexpected = reference.load_state_dict(names, strict=False)
+    assert not unexpected and missing == (["lm_head.weight"] if tie_embeddings else [])
+    reference.tie_weights()
+    texts = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    batch = make_batch([texts], Budget(S=12, N=1, L=4))
+    ours = model.logits(batch)[0]
+    # Each document is followed by its end token; 7 and 4 positions.
+    for text, at in ((texts[0], 0), (texts[1], 7)):
+        theirs = reference(torch.tensor([[*text, 4]])).logits[0]
+        assert (ours[at : at + len(text) + 1] - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("geometry", "budget", "vocabulary", "named"),
+    [
+        (Geometry(patch_size=4, max_patches_per_image=64), BUDGET, VOCABULARY, "encoder.patch_size is 2"),
+        (
+            dataclasses.replace(GEOMETRY, temporal_patch_size=2),
+            BUDGET,
+            VOCABULARY,
+            "encoder.temporal_patch_size",
+        ),
+        (
+            dataclasses.replace(GEOMETRY, merge=1),
+            BUDGET,
+            VOCABULARY,
+            "projector.merge is 2, the data set has 1",
+        ),
+        (GEOMETRY, BUDGET, VOCABULARY + 1, "decoder.vocab_size is 40"),
+        (GEOMETRY, Budget(S=8, N=1, L=10), VOCABULARY, "budget.L"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_set_is_refused_by_name(
+    geometry: Geometry, budget: Budget, vocabulary: int, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        check_fit(tiny_config(), geometry, budget, vocabulary)
+
+
+def test_a_model_that_fits_is_accepted() -> None:
+    check_fit(tiny_config(), GEOMETRY, BUDGET, VOCABULARY)
