@@ -125,13 +125,17 @@ def _pack(words: list[str], as_json: bool) -> int:
 def _require_index(job: Job) -> None:
     missing = sum(not unit.path.exists() for unit in job.units)
     if missing:
-        raise UserError(f"{job.output}: {missing} of {len(job.units)} inputs are not scanned; run `scan` first")
+        raise UserError(
+            f"{job.output}: {missing} of {len(job.units)} inputs are not scanned; run `scan` first"
+        )
 
 
 def _report(words: list[str], as_json: bool) -> int:
     path = _dataset(words) / "report" / "stats.json"
     if not path.is_file():
-        raise UserError(f"data set {words[0]}: no report/stats.json; run `python -m preprocess run` to its end")
+        raise UserError(
+            f"data set {words[0]}: no report/stats.json; run `python -m preprocess run` to its end"
+        )
     stats = read_json(path)
     if as_json:
         print(json.dumps(stats))

@@ -70,7 +70,7 @@ def scan_rejects(units: Sequence[IndexedUnit]) -> tuple[dict[str, int], list[Rej
     for unit in units:
         table = read_index(unit.path)
         read[unit.source] += len(table)
-        bad = table.filter(pc.not_equal(table["reason"], "")).select(["key", "reason", "detail"])
+        bad = table.filter(pc.field("reason") != "").select(["key", "reason", "detail"])
         rejects += [Reject(unit.source, **row) for row in bad.to_pylist()]
     return dict(read), rejects
 

@@ -59,7 +59,9 @@ class PlanConfig:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}")
         if self.images_per_row < 0:
-            raise ValueError(f"images_per_row must be at least 0 (0: as many as fit), got {self.images_per_row}")
+            raise ValueError(
+                f"images_per_row must be at least 0 (0: as many as fit), got {self.images_per_row}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,11 @@ over white, 16-bit grey scaled to 8 bits.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,15 +64,15 @@ def read_header(data: bytes, *, max_pixels: int, max_bytes: int) -> Header:
         raise ImageError("image_empty", "0 bytes")
     if len(data) > max_bytes:
         raise ImageError("image_too_many_bytes", f"{len(data)} bytes, limit {max_bytes}")
-    picture = _open(data)
+    with _reject_as("image_unreadable", data):
+        picture = Image.open(io.BytesIO(data))
+        turned = _orientation(picture, data) >= 5
     width, height = picture.size
     if width < 1 or height < 1:
         raise ImageError("image_unreadable", f"size {width} x {height}")
     if width * height > max_pixels:
         raise ImageError("image_too_many_pixels", f"{width} x {height} pixels, limit {max_pixels}")
-    if _orientation(picture, data) >= 5:
-        width, height = height, width
-    return Header(height, width)
+    return Header(width, height) if turned else Header(height, width)
 
 
 def decode(data: bytes) -> npt.NDArray[np.uint8]:
@@ -78,16 +81,12 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
     Raises:
         ImageError: the pixels cannot be decoded, all of them.
     """
-    picture = _open(data)
-    orientation = _orientation(picture, data)
-    try:
-        picture.load()
+    with _reject_as("image_unreadable", data):
+        picture = Image.open(io.BytesIO(data))
+        orientation = _orientation(picture, data)
+    with _reject_as("image_corrupt", data):
         rgb = _to_rgb(picture)
-    except (OSError, ValueError, SyntaxError, struct.error, MemoryError, IndexError, KeyError) as error:
-        raise ImageError("image_corrupt", f"{picture.format} {type(error).__name__}: {error}") from None
-    if orientation in _TRANSPOSE:
-        rgb = rgb.transpose(_TRANSPOSE[orientation])
-    return np.asarray(rgb)
+        return np.asarray(rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb)
 
 
 def resize(image_hwc: npt.NDArray[np.uint8], h: int, w: int, geometry: Geometry) -> npt.NDArray[np.uint8]:
@@ -107,45 +106,40 @@ def resize(image_hwc: npt.NDArray[np.uint8], h: int, w: int, geometry: Geometry)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def _open(data: bytes) -> Image.Image:
+@contextmanager
+def _reject_as(reason: str, data: bytes) -> Generator[None, None, None]:
+    """The border between one sample's bytes and the job: decoders raise anything on broken input."""
     try:
-        return Image.open(io.BytesIO(data))
-    except (OSError, ValueError, SyntaxError, struct.error, MemoryError, IndexError, KeyError) as error:
-        detail = f"{type(error).__name__}: {error}".replace(str(io.BytesIO), "bytes")
-        raise ImageError("image_unreadable", f"{detail[:80]} ({len(data)} bytes, begin {data[:8].hex()})") from None
+        yield
+    except Exception as error:
+        detail = re.sub(r"<_io.BytesIO object at \w+>", "the bytes", f"{type(error).__name__}: {error}")
+        raise ImageError(reason, f"{detail[:120]} ({len(data)} bytes, first {data[:8].hex()})") from None
 
 
 def _orientation(picture: Image.Image, data: bytes) -> int:
     """EXIF orientation 1..8; 1 when there is none or it cannot be read."""
-    if picture.format == "PNG" and not ({"exif", "Raw profile type exif"} & picture.info.keys()):
-        # Pillow would decode the whole picture to look behind the pixels.
-        return 1 if (chunk := _png_exif(data)) is None else _exif_orientation(chunk)
     try:
-        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, ValueError, SyntaxError, struct.error, TypeError, KeyError):
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _exif_orientation(chunk: bytes) -> int:
-    exif = Image.Exif()
-    try:
-        exif.load(b"Exif\x00\x00" + chunk)
+        if picture.format == "PNG" and not ({"exif", "Raw profile type exif"} & picture.info.keys()):
+            # Pillow would decode the whole picture to look behind the pixels.
+            exif = Image.Exif()
+            exif.load(b"Exif\x00\x00" + _png_exif(data))
+        else:
+            exif = picture.getexif()
         value = exif.get(ExifTags.Base.Orientation, 1)
     except (OSError, ValueError, SyntaxError, struct.error, TypeError, KeyError):
-        return 1
+        return 1  # the pixels may be fine all the same
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _png_exif(data: bytes) -> bytes | None:
-    """The eXIf chunk of a PNG, found by walking chunk lengths: it may stand behind the pixels."""
+def _png_exif(data: bytes) -> bytes:
+    """The eXIf chunk of a PNG, found by walking chunk lengths: it may stand behind the pixels. Empty if none."""
     position = 8
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         if kind == b"eXIf":
             return data[position + 8 : position + 8 + length]
         position += 12 + length
-    return None
+    return b""
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -84,10 +84,13 @@ class Job:
         scan["tokenizer_sha256"] = self.tokenizer.ids.tokenizer_sha256
         scan["inputs"] = [[unit.source, unit.unit, os.path.getsize(unit.unit)] for unit in self.units]
         rules = {name: source["too_long"] for name, source in config["sources"].items()}
-        plan = {"scan": scan, "rules": rules, **{key: config[key] for key in ("budget", "plan", "cost", "seed", "codec")}}
+        plan = {
+            "scan": scan,
+            "rules": rules,
+            **{key: config[key] for key in ("budget", "plan", "cost", "seed", "codec")},
+        }
         self.output.mkdir(parents=True, exist_ok=True)
         remove_temporaries(self.output)
-        (self.output / MANIFEST).unlink(missing_ok=True) if self._changed("plan", plan) else None
         self._claim("index", scan, ("index", "plan", "shards"))
         self._claim("plan", plan, ("plan", "shards"))
         with atomic_path(self.output / "config.toml") as temporary:
@@ -160,7 +163,9 @@ class Job:
         results = {shard["name"]: read_json(self._result_path(shard["name"])) for shard in plan["shards"]}
         read, early = scan_rejects(self.units)
         early += read_rejects(self.output / "plan" / "rejects.parquet")
-        accounts, rejects = settle(list(self.config.sources), read, early, plan["sources"], list(results.values()))
+        accounts, rejects = settle(
+            list(self.config.sources), read, early, plan["sources"], list(results.values())
+        )
         for name, account in accounts.items():
             self._check_account(name, account)
         with atomic_path(self.output / "rejects.parquet") as temporary:
@@ -174,14 +179,21 @@ class Job:
         self._write_report(stats)
         splits = {shard["name"]: shard["split"] for shard in plan["shards"]}
         shards = [
-            {"name": name, "split": splits[name], **{key: result[key] for key in ("packs", "bytes", "checksum")}}
+            {
+                "name": name,
+                "split": splits[name],
+                **{key: result[key] for key in ("packs", "bytes", "checksum")},
+            }
             for name, result in results.items()
         ]
         manifest = {
             **self.contract,
             "fingerprint": fingerprint_of(self.contract),
             "shards": shards,
-            "totals": {key: sum(s[key] for s in stats["splits"].values()) for key in ("packs", "bytes", "tokens", "labels", "patches", "images", "documents")},
+            "totals": {
+                key: sum(s[key] for s in stats["splits"].values())
+                for key in ("packs", "bytes", "tokens", "labels", "patches", "images", "documents")
+            },
             "fill": fills(results.values(), self.config.budget),
             "account": account,
             "made_by": _versions(),
@@ -212,6 +224,7 @@ class Job:
                     f"{self.output}: holds a run with other settings or inputs ({changed}); choose another output, "
                     f"or throw that work away with --on_change rebuild"
                 )
+            (self.output / MANIFEST).unlink(missing_ok=True)  # first: no data set without its shards
             for name in stale:
                 shutil.rmtree(self.output / name, ignore_errors=True)
         write_json(self.output / step / "identity.json", identity)
@@ -222,7 +235,9 @@ class Job:
         reasons = list(account.rejected.elements())
         self._check_reject_rate(name, account.num_rejected, account.read, reasons, "job")
 
-    def _check_reject_rate(self, name: str, rejected: int, read: int, reasons: Sequence[str], step: str) -> None:
+    def _check_reject_rate(
+        self, name: str, rejected: int, read: int, reasons: Sequence[str], step: str
+    ) -> None:
         limit = self.config.sources[name].max_reject_rate
         if read < MIN_SAMPLES_FOR_REJECT_RATE or rejected <= limit * read:
             return
@@ -255,7 +270,9 @@ def make_executor(config: PreprocessConfig) -> Executor:
     return RayExecutor(config.executor)
 
 
-def _run(executor: Executor, function: Callable[[Any], int], tasks: Sequence[Any], *, label: str, total: int) -> None:
+def _run(
+    executor: Executor, function: Callable[[Any], int], tasks: Sequence[Any], *, label: str, total: int
+) -> None:
     for _ in track(executor.map(function, tasks), label=label, total=total, done=total - len(tasks)):
         pass
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-import xxhash
 
 from preprocess.config import CostConfig, SourceConfig
 from preprocess.cost import pack_cost
@@ -28,7 +27,7 @@ from preprocess.scan import cached_tokenizer
 from preprocess.sources import open_source
 from preprocess.stream import Tokens, image_starts, stream_length, token_stream
 from shared.errors import UserError
-from shared.files import atomic_path, write_json
+from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
@@ -120,11 +119,10 @@ def pack_shard(task: PackTask) -> int:
             totals["images"] += len(pack.images)
             totals["documents"] += len(documents)
         writer.close()
-        data = temporary.read_bytes()
         result = {
             "packs": writer.num_packs,
-            "bytes": len(data),
-            "checksum": xxhash.xxh3_64_hexdigest(data),
+            "bytes": temporary.stat().st_size,
+            "checksum": file_checksum(temporary),
             "totals": totals,
             "packed": packed,
             "rejects": rejects,
@@ -190,7 +188,8 @@ def _load_images(piece: Piece, starts: Sequence[int], task: PackTask) -> list[Pl
         rgb = decode(source.read_bytes(piece.unit, image.offset, image.size))
         if rgb.shape[:2] != (image.height, image.width):
             raise ImageError(
-                "image_corrupt", f"decoded to {rgb.shape[1]} x {rgb.shape[0]}, header {image.width} x {image.height}"
+                "image_corrupt",
+                f"decoded to {rgb.shape[1]} x {rgb.shape[0]}, header {image.width} x {image.height}",
             )
         frame = resize(rgb, image.h, image.w, task.geometry)
         # A still picture fills all frames of its temporal patch.

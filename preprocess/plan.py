@@ -8,8 +8,9 @@ A plan file holds all that packing a shard needs, so that shards are independent
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from preprocess.packing import pack_pieces
 from preprocess.samples import IMAGE, REJECT_SCHEMA, SEGMENTS_TYPE, IndexSegment, Reject
 from preprocess.scan import read_index
 from preprocess.stream import Part, split_sample
+from shared.arrays import runs
 from shared.files import atomic_path, write_json
 from shared.geometry import Budget, Geometry
 from shared.tokens import TokenIds
@@ -71,8 +73,12 @@ class Pieces:
     first_image: npt.NDArray[np.int64]
     last_image: npt.NDArray[np.int64]
 
-    def __len__(self) -> int:
-        return len(self.sample)
+    @property
+    def num_images(self) -> npt.NDArray[np.int64]:
+        return self.last_image - self.first_image
+
+    def take(self, chosen: npt.NDArray[np.int64]) -> Pieces:
+        return Pieces(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
 
 def make_plan(
@@ -94,14 +100,19 @@ def make_plan(
     for split, members in _splits(index, pieces, config.validation_fraction):
         rng = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(split.encode()) >> 32])
         order = rng.permutation(members)
-        pack, rows = _pack_windows(pieces, order, image_start, patches, budget, config)
+        first = image_start[pieces.sample[order]]
+        images = runs(first + pieces.first_image[order], pieces.num_images[order])
+        pack, rows = _pack_windows(pieces, order, patches[images], budget, config)
         pack = rng.permutation(int(pack.max()) + 1)[pack]
-        bytes_per_pack = _pack_bytes(pieces, order, pack, image_start, patches, budget, geometry)
+        image_pack = np.repeat(pack, pieces.num_images[order])
+        vision = np.bincount(image_pack, weights=patches[images], minlength=int(pack.max()) + 1)
+        bytes_per_pack = (vision * geometry.values_per_patch + 12 * budget.S).astype(np.int64)
         for number, packs in enumerate(_cut_shards(bytes_per_pack, config.shard_bytes)):
             name = f"{split}-{number:05d}.parquet"
             here = np.flatnonzero((pack >= packs.start) & (pack < packs.stop))
             here = here[np.argsort(pack[here], kind="stable")]
-            _write_shard_plan(output / name, index, pieces, order[here], pack[here] - packs.start, rows, here)
+            own = pieces.take(order[here])
+            _write_shard_plan(output / name, index, own, pack[here] - packs.start, rows.take(pa.array(here)))
             shards.append({"name": name, "split": split, "packs": len(packs), "pieces": len(here)})
     _write_rejects(output / "rejects.parquet", rejects)
     summary = {"shards": shards, "sources": _count(index, pieces, list(sources))}
@@ -114,9 +125,11 @@ def _load_index(units: Sequence[IndexedUnit]) -> pa.Table:
     tables: list[pa.Table] = []
     for unit in units:
         table = read_index(unit.path)
-        table = table.filter(pc.equal(table["reason"], "")).select(["key", "segments"])
+        table = table.filter(pc.field("reason") == "").select(["key", "segments"])
         for name, value in (("source", unit.source), ("unit", unit.unit)):
-            column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), pa.array([value]))
+            column = pa.DictionaryArray.from_arrays(
+                pa.array(np.zeros(len(table), np.int32)), pa.array([value])
+            )
             table = table.append_column(name, column)
         tables.append(table)
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
@@ -125,7 +138,6 @@ def _load_index(units: Sequence[IndexedUnit]) -> pa.Table:
 def _flat_segments(index: pa.Table) -> tuple[npt.NDArray[np.int64], pa.StructArray]:
     """Offsets [samples + 1] into the flattened segments, and these."""
     lists = index["segments"].combine_chunks()
-    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
     offsets = lists.offsets.to_numpy().astype(np.int64)
     return offsets - (offsets[0] if len(offsets) else 0), lists.flatten()
 
@@ -180,7 +192,9 @@ def _judge(parts: list[Part] | str, source: SourceConfig, length: int, budget: B
 
 def _splits(index: pa.Table, pieces: Pieces, fraction: float) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
     """("train", pieces), ("validation", pieces): by a hash of the key, the same whatever else is in the run."""
-    hashes = np.array([xxhash.xxh3_64_intdigest(key.encode()) >> 32 for key in index["key"].to_pylist()], np.int64)
+    hashes = np.array(
+        [xxhash.xxh3_64_intdigest(key.encode()) >> 32 for key in index["key"].to_pylist()], np.int64
+    )
     validation = (hashes < fraction * 2**32)[pieces.sample]
     for split, mask in (("train", ~validation), ("validation", validation)):
         if mask.any():
@@ -190,77 +204,51 @@ def _splits(index: pa.Table, pieces: Pieces, fraction: float) -> Iterator[tuple[
 def _pack_windows(
     pieces: Pieces,
     order: npt.NDArray[np.int64],
-    image_start: npt.NDArray[np.int64],
-    patches: npt.NDArray[np.int64],
+    patches_i: npt.NDArray[np.int64],
     budget: Budget,
     config: PlanConfig,
-) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]:
-    """Pack of each piece of `order`, and the vision rows of its images."""
+) -> tuple[npt.NDArray[np.int64], pa.ListArray]:
+    """Pack of each piece of `order`, and the vision rows of its images; `patches_i` are these, in that order."""
+    tokens = pieces.end[order] - pieces.start[order]
+    image_offsets = np.concatenate([[0], np.cumsum(pieces.num_images[order])])
     pack = np.empty(len(order), np.int64)
-    rows: list[npt.NDArray[np.int64]] = []
+    rows = np.empty(len(patches_i), np.int32)
     count = 0
     for begin in range(0, len(order), config.window):
-        window = order[begin : begin + config.window]
-        first = image_start[pieces.sample[window]]
-        spans = [
-            patches[base + low : base + high]
-            for base, low, high in zip(first, pieces.first_image[window], pieces.last_image[window], strict=True)
-        ]
-        image_offsets = np.cumsum([0, *(len(span) for span in spans)])
-        images = np.concatenate(spans) if spans else np.zeros(0, np.int64)
-        tokens = pieces.end[window] - pieces.start[window]
-        packing = pack_pieces(tokens, image_offsets, images, budget, config.images_per_row)
-        pack[begin : begin + len(window)] = packing.pack_n + count
-        rows += np.split(packing.row_i, image_offsets[1:-1])
+        end = min(begin + config.window, len(order))
+        offsets = image_offsets[begin : end + 1]
+        images = slice(int(offsets[0]), int(offsets[-1]))
+        packing = pack_pieces(
+            tokens[begin:end], offsets - offsets[0], patches_i[images], budget, config.images_per_row
+        )
+        pack[begin:end] = packing.pack_n + count
+        rows[images] = packing.row_i
         count += packing.num_packs
-    return pack, rows
+    return pack, pa.ListArray.from_arrays(pa.array(image_offsets.astype(np.int32)), pa.array(rows))
 
 
-def _pack_bytes(
-    pieces: Pieces,
-    order: npt.NDArray[np.int64],
-    pack: npt.NDArray[np.int64],
-    image_start: npt.NDArray[np.int64],
-    patches: npt.NDArray[np.int64],
-    budget: Budget,
-    geometry: Geometry,
-) -> npt.NDArray[np.float64]:
-    """Payload bytes of every pack."""
-    ends = np.concatenate([[0], np.cumsum(patches)])
-    first = image_start[pieces.sample[order]]
-    vision = ends[first + pieces.last_image[order]] - ends[first + pieces.first_image[order]]
-    return np.bincount(pack, weights=vision) * geometry.values_per_patch + 12 * budget.S
-
-
-def _cut_shards(bytes_per_pack: npt.NDArray[np.float64], shard_bytes: int) -> Iterator[range]:
+def _cut_shards(bytes_per_pack: npt.NDArray[np.int64], shard_bytes: int) -> Iterator[range]:
     """Ranges of packs of about `shard_bytes`, equal within one pack, at least one pack each."""
     total = bytes_per_pack.sum()
     num_shards = max(1, round(total / shard_bytes))
     shard = np.minimum((np.cumsum(bytes_per_pack) - bytes_per_pack) * num_shards // total, num_shards - 1)
     borders = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(bytes_per_pack)]
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in itertools.pairwise(borders):
         yield range(start, stop)
 
 
 def _write_shard_plan(
-    path: Path,
-    index: pa.Table,
-    pieces: Pieces,
-    chosen: npt.NDArray[np.int64],
-    pack: npt.NDArray[np.int64],
-    rows: Sequence[npt.NDArray[np.int64]],
-    places: npt.NDArray[np.int64],
+    path: Path, index: pa.Table, pieces: Pieces, pack: npt.NDArray[np.int64], rows: pa.ListArray
 ) -> None:
-    samples = index.take(pa.array(pieces.sample[chosen]))
+    samples = index.take(pa.array(pieces.sample))
     columns = {
         "pack": pack,
-        **{name: samples[name] for name in ("source", "unit", "key")},
+        **{name: samples[name] for name in ("source", "unit", "key", "segments")},
         **{
-            name: getattr(pieces, name)[chosen]
+            name: getattr(pieces, name)
             for name in ("part", "parts", "start", "end", "first_image", "last_image")
         },
-        "rows": [rows[place] for place in places.tolist()],
-        "segments": samples["segments"],
+        "rows": rows,
     }
     table = pa.table(columns).select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)
     with atomic_path(path) as temporary:
@@ -279,14 +267,14 @@ def reject_table(rejects: Sequence[Reject]) -> pa.Table:
 
 def _count(index: pa.Table, pieces: Pieces, names: Sequence[str]) -> dict[str, dict[str, int]]:
     """Per source: samples in one piece (`whole`), samples cut (`split`), and the parts these became."""
-    source = np.array(index["source"].to_pylist(), dtype=object)[pieces.sample]
-    first = pieces.part == 0
-    cut = pieces.parts > 1
-    return {
-        name: {
-            "whole": int(((source == name) & ~cut).sum()),
-            "split": int(((source == name) & cut & first).sum()),
-            "parts": int(((source == name) & cut).sum()),
-        }
-        for name in names
-    }
+    column = index["source"].combine_chunks()
+    position = {name: number for number, name in enumerate(column.dictionary.to_pylist())}
+    source = column.indices.to_numpy()[pieces.sample]
+    cut, first = pieces.parts > 1, pieces.part == 0
+
+    def count(name: str) -> dict[str, int]:
+        own = source == position.get(name, -1)
+        kinds = {"whole": own & ~cut, "split": own & cut & first, "parts": own & cut}
+        return {kind: int(mask.sum()) for kind, mask in kinds.items()}
+
+    return {name: count(name) for name in names}

@@ -7,6 +7,7 @@ little of the job and an error stops it soon.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ class RayExecutor:
         local: dict[str, Any] = {"num_cpus": config.workers or None, "include_dashboard": False}
         ray.init(
             address=config.address or "local",
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             log_to_driver=False,
             configure_logging=True,
             **({} if config.address else local),

@@ -85,7 +85,10 @@ SEGMENT_TYPE = pa.struct(
         pa.field("kind", pa.int8(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
-        *(pa.field(name, pa.int32(), nullable=False) for name in ("tokens", "height", "width", "t", "h", "w")),
+        *(
+            pa.field(name, pa.int32(), nullable=False)
+            for name in ("tokens", "height", "width", "t", "h", "w")
+        ),
     ]
 )
 SEGMENTS_TYPE = pa.list_(pa.field("element", SEGMENT_TYPE, nullable=False))

@@ -53,10 +53,13 @@ def scan_unit(task: ScanUnit) -> int:
         UserError: the unit or the tokenizer cannot be read.
     """
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
-    entries = list(open_source(task.source, task.config).scan(task.unit))
-    outcomes = _count_tokens([_measure(entry, task.limits) for entry in entries], tokenizer)
-    _write_index(task.output, [entry.key for entry in entries], _fit_images(outcomes, task.geometry))
-    return len(entries)
+    # One sample's bytes in memory at a time: what is kept of each is its text and its sizes.
+    samples = [
+        _measure(entry, task.limits) for entry in open_source(task.source, task.config).scan(task.unit)
+    ]
+    outcomes = _fit_images(_count_tokens(samples, tokenizer), task.geometry)
+    _write_index(task.output, [sample.key for sample in samples], outcomes)
+    return len(samples)
 
 
 @lru_cache(maxsize=4)
@@ -72,10 +75,19 @@ def read_index(path: Path) -> pa.Table:
 Outcome = list[IndexSegment] | Reject
 
 
-def _measure(entry: RawSample | Reject, limits: ImageLimits) -> tuple[Outcome, list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One sample on its way: `texts` are what is still to be tokenized."""
+
+    key: str
+    outcome: Outcome
+    texts: list[str]
+
+
+def _measure(entry: RawSample | Reject, limits: ImageLimits) -> _Measured:
     """Segments with the pixel sizes of their images, and the texts; tokens and grids come later, in bulk."""
     if isinstance(entry, Reject):
-        return entry, []
+        return _Measured(entry.key, entry, [])
     segments: list[IndexSegment] = []
     texts: list[str] = []
     for raw in entry.segments:
@@ -86,20 +98,21 @@ def _measure(entry: RawSample | Reject, limits: ImageLimits) -> tuple[Outcome, l
         try:
             header = read_header(raw.content, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
         except ImageError as error:
-            return Reject("", entry.key, error.reason, str(error)), []
+            return _Measured(entry.key, Reject("", entry.key, error.reason, str(error)), [])
         segments.append(IndexSegment(IMAGE, raw.offset, raw.size, 0, header.height, header.width))
-    return segments, texts
+    return _Measured(entry.key, segments, texts)
 
 
-def _count_tokens(measured: Sequence[tuple[Outcome, list[str]]], tokenizer: TextTokenizer) -> list[Outcome]:
+def _count_tokens(samples: Sequence[_Measured], tokenizer: TextTokenizer) -> list[Outcome]:
     """Fill in the tokens of text segments: one tokenizer call for the whole unit."""
-    encoded = iter(tokenizer.encode([text for _, texts in measured for text in texts]))
+    encoded = iter(tokenizer.encode([text for sample in samples for text in sample.texts]))
 
-    def fill(outcome: Outcome, texts: list[str]) -> Outcome:
-        tokens = [next(encoded) for _ in texts]
+    def fill(sample: _Measured) -> Outcome:
+        outcome = sample.outcome
+        tokens = [next(encoded) for _ in sample.texts]
         if isinstance(outcome, Reject):
             return outcome
-        for text, ids in zip(texts, tokens, strict=True):
+        for text, ids in zip(sample.texts, tokens, strict=True):
             if len(ids) == 0:
                 return Reject("", "", "text_without_tokens", f"the tokenizer makes nothing of {text[:60]!r}")
             if tokenizer.holds_special(ids):
@@ -107,7 +120,7 @@ def _count_tokens(measured: Sequence[tuple[Outcome, list[str]]], tokenizer: Text
         lengths = iter([len(ids) for ids in tokens])
         return [replace(s, tokens=next(lengths)) if s.kind == TEXT else s for s in outcome]
 
-    return [fill(outcome, texts) for outcome, texts in measured]
+    return [fill(sample) for sample in samples]
 
 
 def _fit_images(outcomes: Sequence[Outcome], geometry: Geometry) -> list[Outcome]:

@@ -63,7 +63,9 @@ def token_stream(
             pieces.append(next(remaining))
     tokens = np.concatenate([*pieces, np.array([ids.eos], np.int32)])
     labels = np.full_like(tokens, IGNORE_LABEL)
-    labels[:-1] = np.where(np.isin(tokens[1:], (ids.image, ids.begin_image, ids.end_image)), IGNORE_LABEL, tokens[1:])
+    labels[:-1] = np.where(
+        np.isin(tokens[1:], (ids.image, ids.begin_image, ids.end_image)), IGNORE_LABEL, tokens[1:]
+    )
     return tokens, labels
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from shared.dataset import DataSet, ShardEntry, open_dataset
 from shared.errors import UserError
+from shared.files import file_checksum
 from shared.schema import IGNORE_LABEL, Document, Pack
 from shared.tokens import TokenIds
 
@@ -45,7 +45,7 @@ def _verify_shard(dataset: DataSet, shard: ShardEntry, counts: dict[str, int]) -
         return
     if path.stat().st_size != shard.bytes:
         yield f"{path.stat().st_size} bytes, dataset.json says {shard.bytes}"
-    elif (found := _file_checksum(path)) != shard.checksum:
+    elif (found := file_checksum(path)) != shard.checksum:
         yield f"file checksum {found}, dataset.json says {shard.checksum}"
     for row in range(len(reader)):
         pack, documents = reader.pack(row), reader.documents(row)
@@ -122,7 +122,11 @@ def _placeholder_faults(pack: Pack, num_tokens: npt.NDArray[np.int64], ids: Toke
     expected = np.zeros(len(pack.tokens_S), bool)
     for start, count in zip(pack.images["token_start"].tolist(), num_tokens.tolist(), strict=True):
         inside = 1 <= start and start + count < len(expected)
-        if not inside or pack.tokens_S[start - 1] != ids.begin_image or pack.tokens_S[start + count] != ids.end_image:
+        if (
+            not inside
+            or pack.tokens_S[start - 1] != ids.begin_image
+            or pack.tokens_S[start + count] != ids.end_image
+        ):
             yield f"the image at token {start} is not between its begin and end token"
             continue
         if expected[start : start + count].any():
@@ -130,14 +134,6 @@ def _placeholder_faults(pack: Pack, num_tokens: npt.NDArray[np.int64], ids: Toke
         expected[start : start + count] = True
     if not np.array_equal(expected, pack.tokens_S == ids.image):
         yield "image tokens are not where the images column says"
-
-
-def _file_checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _account_faults(account: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -120,7 +120,9 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
             if part not in hints:
                 prefix = ".".join(parts[:depth])
                 options = [f"{prefix}.{name}" if prefix else name for name in hints]
-                raise UserError(f"{where}: unknown key --{key}; {closest('.'.join(parts[: depth + 1]), options)}")
+                raise UserError(
+                    f"{where}: unknown key --{key}; {closest('.'.join(parts[: depth + 1]), options)}"
+                )
             hint = hints[part]
         elif get_origin(current) is dict:
             hint = get_args(current)[1]
@@ -199,7 +201,9 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
         fits = value in get_args(inner)
         if not fits and isinstance(value, str):
             options = [str(option) for option in get_args(inner)]
-            raise UserError(f"{origin}: {key}: {value!r} is not one of {', '.join(options)}; {closest(value, options)}")
+            raise UserError(
+                f"{origin}: {key}: {value!r} is not one of {', '.join(options)}; {closest(value, options)}"
+            )
     elif inner is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
         value = float(value) if fits else value
@@ -229,4 +233,6 @@ def _name(hint: Any) -> str:
         return f"a list of {_name(get_args(inner)[0])}"
     if get_origin(inner) is dict or dataclasses.is_dataclass(inner):
         return "a table"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(inner, str(inner))
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
+        inner, str(inner)
+    )

@@ -76,11 +76,11 @@ class DataSet:
         try:
             self.fingerprint: str = manifest["fingerprint"]
             self.budget = Budget(**manifest["budget"])
-            geometry = dict(manifest["geometry"])
+            geometry: dict[str, Any] = {**manifest["geometry"]}
             self.patch_order: str = geometry.pop("patch_order")
-            self.geometry = Geometry(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in geometry.items()}
-            )
+            for name in ("mean", "std"):
+                geometry[name] = tuple(geometry[name])
+            self.geometry = Geometry(**geometry)
             self.tokens = TokenIds(**manifest["tokens"])
             self.codec: str = manifest["codec"]
             self.shards = [ShardEntry(**entry) for entry in manifest["shards"]]
@@ -167,7 +167,9 @@ def open_dataset(path: Path | str) -> DataSet:
     try:
         manifest = read_json(directory / MANIFEST)
     except ValueError as error:
-        raise UserError(f"data set {directory}: {MANIFEST} is not valid JSON ({error}); build it again") from None
+        raise UserError(
+            f"data set {directory}: {MANIFEST} is not valid JSON ({error}); build it again"
+        ) from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(

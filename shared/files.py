@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 TEMPORARY = ".tmp"
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Generator[Path, None, None]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on an exception.
 
     The name holds the process id, so that two attempts at one unit never write into one file.
@@ -53,6 +55,15 @@ def remove_temporaries(directory: Path) -> None:
 def canonical_json(value: Any) -> bytes:
     """One byte string per value: sorted keys, no spaces. What fingerprints are made from."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3 of a whole file, 16 hex digits; 16 MiB of it in memory at a time."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256(*chunks: bytes) -> str:

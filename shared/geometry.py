@@ -32,6 +32,8 @@ import numpy as np
 import numpy.typing as npt
 from einops import rearrange
 
+from shared.arrays import runs
+
 IntArray = npt.NDArray[np.integer[Any]]
 
 PATCH_ORDER = "(t pt) (h mh ph) (w mw pw) c -> (t h w mh mw) (pt ph pw c)"
@@ -77,7 +79,9 @@ class Geometry:
                 f"{self.merge} x {self.merge} patches"
             )
         if len(self.mean) != CHANNELS or len(self.std) != CHANNELS or min(self.std) <= 0:
-            raise ValueError(f"mean and std need {CHANNELS} values each, std above 0; got {self.mean}, {self.std}")
+            raise ValueError(
+                f"mean and std need {CHANNELS} values each, std above 0; got {self.mean}, {self.std}"
+            )
 
     @property
     def cell(self) -> int:
@@ -214,8 +218,7 @@ def patch_positions(grid_thw_n3: IntArray, merge: int) -> npt.NDArray[np.int32]:
     """
     size_n3 = np.asarray(grid_thw_n3, np.int64).reshape(-1, 3)
     count_n = size_n3.prod(axis=1)
-    start_n = np.cumsum(count_n) - count_n
-    index = np.arange(int(count_n.sum())) - np.repeat(start_n, count_n)
+    index = runs(np.zeros_like(count_n), count_n)
     h, w = np.repeat(size_n3[:, 1], count_n), np.repeat(size_n3[:, 2], count_n)
     frame, inside = np.divmod(index, h * w)
     cell, within = np.divmod(inside, merge * merge)

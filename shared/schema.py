@@ -74,7 +74,7 @@ class Pack:
     def checksum(self) -> int:
         digest = xxhash.xxh3_64()
         for array in (self.tokens_S, self.labels_S, self.positions_S, self.patches_XP):
-            digest.update(memoryview(array).cast("B") if array.size else b"")
+            digest.update(array.data.cast("B") if array.size else b"")
         return digest.intdigest()
 
 

@@ -238,5 +238,7 @@ def _check_schema(path: Path, metadata: pq.FileMetaData) -> int:
     for field in expected:
         found = schema.field(field.name)
         if found.type != field.type or found.nullable:
-            raise UserError(f"shard {path}: column {field.name!r} is {found.type}, expected {field.type} not null")
+            raise UserError(
+                f"shard {path}: column {field.name!r} is {found.type}, expected {field.type} not null"
+            )
     return width // 4

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.schema import MAPPED_COLUMNS, TOKEN_COLUMNS, Document, Pack, shard_schema
+from shared.schema import IMAGE_DTYPE, MAPPED_COLUMNS, TOKEN_COLUMNS, Document, Pack, shard_schema
 
 # About 64 MiB of payload per row group: large enough for one sequential read, small enough to buffer.
 ROW_GROUP_BYTES = 64 << 20
@@ -38,8 +39,8 @@ class ShardWriter:
         self._writer = pq.ParquetWriter(
             path,
             self._schema,
-            compression={leaf: "NONE" if leaf in MAPPED_COLUMNS else "ZSTD" for leaf in leaves},
-            use_dictionary=["documents.list.element.source"],
+            compression=cast(Any, {leaf: "NONE" if leaf in MAPPED_COLUMNS else "ZSTD" for leaf in leaves}),
+            use_dictionary=cast(Any, ["documents.list.element.source"]),
             write_statistics=False,
             data_page_size=PAGE_BYTES,
             data_page_version="1.0",
@@ -127,7 +128,7 @@ def _list_column(kind: pa.DataType, lengths: list[int], children: list[pa.Array]
 
 def _images_column(packs: list[Pack], kind: pa.DataType) -> pa.Array:
     images = np.concatenate([p.images for p in packs])
-    children = [pa.array(np.ascontiguousarray(images[name])) for name in images.dtype.names]
+    children = [pa.array(np.ascontiguousarray(images[name])) for name in IMAGE_DTYPE.names or ()]
     return _list_column(kind, [len(p.images) for p in packs], children)
 
 

@@ -88,7 +88,9 @@ def _distribution(values: npt.NDArray[Any]) -> dict[str, float]:
     if not len(values):
         return {"count": 0}
     points = np.percentile(values, PERCENTILES)
-    named = {f"p{percent}": round(float(point), 3) for percent, point in zip(PERCENTILES, points, strict=True)}
+    named = {
+        f"p{percent}": round(float(point), 3) for percent, point in zip(PERCENTILES, points, strict=True)
+    }
     return {"count": len(values), "mean": round(float(values.mean()), 3), **named}
 
 
@@ -101,7 +103,9 @@ def print_report(stats: Mapping[str, Any], console: Console) -> None:
     )
     splits = _table("split", "shards", "packs", "documents", "tokens", "labels", "images", "patches", "MB")
     for name, line in stats["splits"].items():
-        counts = [line[key] for key in ("shards", "packs", "documents", "tokens", "labels", "images", "patches")]
+        counts = [
+            line[key] for key in ("shards", "packs", "documents", "tokens", "labels", "images", "patches")
+        ]
         splits.add_row(name, *(f"{count:,}" for count in counts), f"{line['bytes'] / 1e6:,.1f}")
     console.print(splits)
     account = _table("source", "read", "packed", "in parts", "rejected", "reasons")

@@ -30,7 +30,9 @@ def list_units(name: str, config: SourceConfig) -> list[str]:
     for path in config.paths:
         found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
         if not found:
-            raise UserError(f"source {name!r}: pattern {path!r} matches no file; correct sources.{name}.paths")
+            raise UserError(
+                f"source {name!r}: pattern {path!r} matches no file; correct sources.{name}.paths"
+            )
         for entry in found:
             if not Path(entry).is_file():
                 raise UserError(f"source {name!r}: {entry}: no such file; correct sources.{name}.paths")

@@ -58,7 +58,9 @@ class WebDataset:
         except FileNotFoundError:
             raise UserError(f"source {self._name!r}: {unit} is gone since the scan; put it back") from None
         if len(data) != size:
-            raise UserError(f"source {self._name!r}: {unit} is shorter than at the scan; set on_change = rebuild")
+            raise UserError(
+                f"source {self._name!r}: {unit} is shorter than at the scan; set on_change = rebuild"
+            )
         return data
 
     def _sample(self, unit: str, group: _Group) -> RawSample | Reject:
@@ -72,7 +74,7 @@ class WebDataset:
             return self._reject(group.key, "no_caption", f"no .{self._caption} member")
         try:
             text = self.read_text(unit, *caption)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             return self._reject(group.key, "caption_not_utf8", str(error))
         except (json.JSONDecodeError, RecursionError) as error:
             return self._reject(group.key, "json_invalid", str(error))
