@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from shared.schema import IGNORE_LABEL
+
 # 128 MiB of float32 logits at a time: 256 tokens at V = 128k, still large products for any device.
 CHUNK_VALUES = 2**25
 
@@ -45,14 +46,14 @@ class _ChunkedNLL(torch.autograd.Function):
             nll_T[rows] = denominator_T[rows] - picked_C
         ctx.save_for_backward(h_BSD, weight_VD, labels_BS, denominator_T)
         ctx.chunk = chunk
-        return nll_BS.masked_fill_(labels_BS == IGNORE, 0.0)
+        return nll_BS.masked_fill_(labels_BS == IGNORE_LABEL, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None]:
         """d nll / d logits = softmax - one hot."""
         h_BSD, weight_VD, labels_BS, denominator_T = ctx.saved_tensors
         h_TD, labels_T = h_BSD.flatten(0, -2), labels_BS.flatten()
-        gradient_T = gradients[0].flatten().masked_fill(labels_T == IGNORE, 0.0)
+        gradient_T = gradients[0].flatten().masked_fill(labels_T == IGNORE_LABEL, 0.0)
         h_grad_TD = torch.empty_like(h_TD)
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for rows in _chunks(len(h_TD), ctx.chunk):

@@ -135,14 +135,9 @@ class Reporter:
         """Leave the time since the last `flush` out of the rates: it went into something else."""
         self.interval_start = time.perf_counter()
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         if self.files is not None:
             self.files.write({"step": step, **values}, kind="eval")
-        self.console.print(
-            f"evaluation after step {step}: loss {values['loss']:.4f}, "
-            f"with wrong pictures {values['loss_wrong_pictures']:.4f}"
-        )
-        self.console.print(f"vision gain {values['vision_gain']:.4f} nats per label token")
 
     def close(self) -> None:
         if self.files is not None:

@@ -24,16 +24,8 @@ from trainer.parallel.mesh import World
 from trainer.parallel.parallelize import build_model
 
 # What a resumed run may change: where things are, how long it trains, what it reports, how it splits a batch.
-MAY_CHANGE = (
-    "dataset",
-    "out",
-    "device",
-    "steps",
-    "checkpoint.",
-    "eval.",
-    "log.",
-    "batch.packs_per_microbatch",
-)
+# Keys, or whole sections.
+MAY_CHANGE = {"dataset", "out", "device", "steps", "checkpoint", "eval", "log", "batch.packs_per_microbatch"}
 
 
 def checkpoint_directory(out: Path) -> Path:
@@ -56,8 +48,8 @@ def find_checkpoint(config: RunConfig, dataset: DataSet) -> Path | None:
             "give its own data set, or another --out"
         )
     old, new = (_flat(to_dict(each)) for each in (load_run_config(out), config))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    changed = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    fixed = [key for key in sorted(old.keys() | new.keys()) if not {key, key.partition(".")[0]} & MAY_CHANGE]
+    changed = [key for key in fixed if old.get(key) != new.get(key)]
     if changed:
         raise UserError(
             f"run {out} cannot go on with another config: "

@@ -23,7 +23,7 @@ from shared.errors import UserError
 from trainer.checkpoint import load_checkpoint, remove_incomplete, save_checkpoint
 from trainer.config import RunConfig
 from trainer.data.loader import Loader
-from trainer.evaluate import evaluate_model
+from trainer.evaluate import check_split, describe, evaluate_model
 from trainer.metrics import Console, Reporter
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import lr_factor, make_optimizer
@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> None:
 def train(config: RunConfig, world: World) -> dict[str, Any]:
     """Train, or go on training, until `config.steps`; returns what the last step and evaluation measured."""
     console = Console(enabled=world.is_main)
-    dataset = open_dataset(Path(config.dataset))
+    dataset = open_dataset(config.dataset)
+    check_split(dataset, config.eval)
     run = start_run(config, dataset, world)
     for line in describe_run(config, dataset, run, world):
         console.print(line)
@@ -117,13 +118,22 @@ def train_loop(
             state = {"step": finished}
             save_checkpoint(directory, run.model, run.optimizer, state, world, keep=config.checkpoint.keep)
         if evaluate:
-            reporter.evaluation(finished, evaluate_model(run.model, dataset, config.eval, world))
+            evaluate_and_report(config, dataset, run, world, reporter, finished)
         if save or evaluate:
             reporter.restart_interval()
     # Also when there was nothing left to train: asking again for a finished run shows what it reached.
-    result["eval"] = evaluate_model(run.model, dataset, config.eval, world)
-    reporter.evaluation(result["steps"], result["eval"])
+    result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, result["steps"])
     return result
+
+
+def evaluate_and_report(
+    config: RunConfig, dataset: DataSet, run: Run, world: World, reporter: Reporter, step: int
+) -> dict[str, float]:
+    values = evaluate_model(run.model, dataset, config.eval, world)
+    reporter.write_evaluation(step, values)
+    for line in describe(step, values):
+        reporter.console.print(line)
+    return values
 
 
 def describe_run(config: RunConfig, dataset: DataSet, run: Run, world: World) -> list[str]:
@@ -143,6 +153,6 @@ def describe_run(config: RunConfig, dataset: DataSet, run: Run, world: World) ->
         f"{batch.accumulation(world.dp_size)} accumulated x {world.dp_size} ranks: room for "
         f"{batch.packs_per_step * budget.S:,} tokens and "
         f"{batch.packs_per_step * budget.N * budget.L:,} patches",
-        f"length    {config.steps:,} steps of {run.loader.steps_per_epoch:,} per epoch, {start}",
+        f"length    {config.steps:,} steps of {run.loader.steps_per_epoch:,.1f} per epoch, {start}",
         f"run       {config.out}",
     ]

@@ -1,0 +1,235 @@
+"""Whole runs on a tiny data set: resume, refusals, the command line, two processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.dataset import open_dataset
+from shared.geometry import Budget
+from tests.distributed.launch import launch
+from tests.trainer.batches import Picture, make_batch
+from tests.trainer.datasets import make_pack, write_dataset
+from trainer import train
+from trainer.__main__ import main
+from trainer.data.batch import assemble_batch
+from trainer.parallel.mesh import open_world
+from trainer.run import load_run_config, restore_model
+
+BUDGET = Budget(S=24, N=2, L=16)
+PACKS = [
+    [[7 + i, Picture(4, 2, seed=i), 8, 9 + i], [10, 11 + i], [Picture(2, 2, seed=i), 12]] for i in range(10)
+]
+COUNTS = ("step", "labels", "tokens", "patches")
+CONFIG = """
+steps = 6
+device = "cpu"
+dtype = "float32"
+[encoder]
+hidden_size = 16
+intermediate_size = 32
+num_layers = 1
+num_heads = 2
+patch_size = 2
+[projector]
+hidden_size = 32
+[decoder]
+vocab_size = 40
+hidden_size = 24
+intermediate_size = 48
+num_layers = 1
+num_heads = 2
+num_kv_heads = 1
+[batch]
+packs_per_step = 4
+packs_per_microbatch = 2
+[schedule]
+warmup_steps = 2
+[checkpoint]
+every = 3
+[eval]
+packs = 2
+[log]
+every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "set"
+    return write_dataset(path, {"train": PACKS[:8], "validation": PACKS[8:]}, BUDGET)
+
+
+@pytest.fixture
+def command(tmp_path: Path, dataset: Path) -> list[str]:
+    """A train command; its run directory is the last word."""
+    (tmp_path / "config.toml").write_text(CONFIG)
+    words = [
+        "train",
+        str(tmp_path / "config.toml"),
+        "--dataset",
+        str(dataset),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    return words
+
+
+def rows(run: str | Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def weights(run: str | Path) -> dict[str, torch.Tensor]:
+    config = load_run_config(Path(run))
+    with open_world("cpu", "float32") as world:
+        model, step = restore_model(config, open_dataset(config.dataset), world)
+        assert step == 6
+        return model.state_dict()
+
+
+def test_batches_built_by_hand_equal_those_of_the_loader() -> None:
+    ours = make_batch(PACKS[:2], BUDGET)
+    theirs = assemble_batch(
+        [make_pack(documents, BUDGET)[0] for documents in PACKS[:2]],
+        packs_per_microbatch=2,
+        budget=BUDGET,
+        values_per_patch=12,
+        merge=2,
+        pad_token=0,
+    )
+    for field in fields(ours):
+        assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
+
+
+def test_resuming_equals_an_uninterrupted_run_bit_for_bit(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = command[-1]
+    assert main([*command[:-1], run + "-whole"]) == 0
+    original = train.train_step
+
+    def killed(model: Any, optimizer: Any, step: Any, *rest: Any, **settings: Any) -> Any:
+        if step.index == 4:
+            raise KeyboardInterrupt
+        return original(model, optimizer, step, *rest, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", killed)
+        main(command)
+    (Path(run) / "checkpoints" / "step_00000005.tmp").mkdir()
+    assert main(command) == 0
+    whole, resumed = weights(run + "-whole"), weights(run)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    for one, other in zip(rows(run + "-whole"), rows(run), strict=True):
+        for key in (*COUNTS, "loss", "grad_norm", "lr"):
+            assert one[key] == other[key], key
+    assert [path.name for path in sorted((Path(run) / "checkpoints").iterdir())] == [
+        "step_00000003",
+        "step_00000006",
+    ]
+
+
+def test_a_finished_run_is_evaluated_again_and_can_be_made_longer(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "vision gain" in first and "from step 0" in first
+    assert main([*command, "--json"]) == 0
+    again = capsys.readouterr().out.splitlines()
+    result = json.loads(again[-1])
+    assert result["steps"] == 6 and "train" not in result
+    assert result["eval"]["loss"] == rows(command[-1], "eval")[0]["loss"]
+    assert main([*command, "--steps", "7"]) == 0
+    assert len(rows(command[-1])) == 7
+
+
+def test_the_loss_falls(command: list[str]) -> None:
+    assert main([*command, "--steps", "40", "--optimizer.lr", "1e-2", "--checkpoint.every", "40"]) == 0
+    losses = [row["loss"] for row in rows(command[-1])]
+    assert losses[-1] < losses[0] - 1
+    assert [row["tokens"] > 0 and row["patches"] == 4 * 12 for row in rows(command[-1])] == [True] * 40
+
+
+def test_two_processes_train_the_same_run_and_one_goes_on_with_it(command: list[str]) -> None:
+    run = command[-1]
+    alone = [*command[:-1], run + "-alone"]
+    assert main(alone) == 0
+    assert launch(main, 2, [*command, "--batch.packs-per-microbatch", "1"]) == [0, 0]
+    for words in (alone, command):
+        assert main([*words, "--steps", "8"]) == 0
+    assert len(rows(run)) == 8
+    for one, two in zip(rows(run + "-alone"), rows(run), strict=True):
+        assert [one[key] for key in COUNTS] == [two[key] for key in COUNTS]
+        assert abs(one["loss"] - two["loss"]) < 1e-4 and abs(one["grad_norm"] - two["grad_norm"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--optimizer.lr", "1"], "optimizer.lr was 0.001, now 1.0"),
+        (["--decoder.num-layers", "2"], "decoder.num_layers was 1, now 2"),
+        (["--seed", "3"], "seed was 0, now 3"),
+        (["--batch.packs-per-step", "8"], "batch.packs_per_step was 4, now 8"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_config(
+    command: list[str], capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main([*command, "--steps", "3", "--schedule.warmup-steps", "2"]) == 0
+    assert main([*command, *words]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and said in error[0] and "another --out" in error[0]
+
+
+def test_a_run_does_not_go_on_with_another_data_set(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--steps", "3"]) == 0
+    other = write_dataset(tmp_path / "other", {"train": PACKS[:4], "validation": PACKS[8:]}, BUDGET)
+    assert main([*command, "--dataset", str(other)]) == 2
+    assert "was trained on another data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tran"], "unknown command 'tran'; did you mean 'train'?"),
+        (["train", "missing.toml"], "config missing.toml: no such file"),
+        (["train", "CONFIG", "--dataset", "nowhere"], "data set nowhere: no such directory"),
+        (["train", "CONFIG", "--encoder.patch-size", "4"], "encoder.patch_size is 4, the data set has 2"),
+        (["train", "CONFIG", "--decoder.vocab-size", "8"], "decoder.vocab_size is 8"),
+        (["train", "CONFIG", "--batch.packs-per-step", "5"], "packs_per_step 5 is no multiple of 2"),
+        (["train", "CONFIG", "--optimizer.lrr", "5"], "did you mean 'optimizer.lr'?"),
+        (["eval", "nowhere"], "run nowhere: no config.toml there"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
+    command: list[str], capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    words = [word for each in words for word in (command[1:] if each == "CONFIG" else [each])]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1 and said in captured.err
+    assert not Path(command[-1]).exists()
+
+
+def test_a_run_without_a_cuda_device_says_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert main([*command, "--device", "cuda"]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_the_trainer_imports_neither_ray_nor_tokenizers_nor_the_other_stage() -> None:
+    code = "import sys, trainer.train; print({'ray', 'tokenizers', 'preprocess'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
