@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from preprocess import synthetic
 from preprocess.config import PreprocessConfig
+from preprocess.inspect import describe_pack, find_sample, pack_record
 from preprocess.job import Job, make_executor, run_job
 from preprocess.report.stats import print_report
 from preprocess.verify import verify_dataset
 from shared.config import load_config
+from shared.dataset import open_dataset
 from shared.errors import UserError, closest
 from shared.files import read_json
 
@@ -26,6 +29,8 @@ USAGE = """usage: python -m preprocess COMMAND ...
   pack   CONFIG.toml [--key value ...]   plan -> shards/, dataset.json
   report DATASET                         the statistics of a finished data set
   verify DATASET                         prove every pack of a finished data set
+  inspect DATASET --pack 3               what is in a pack, and where its bytes lie (--split validation)
+  inspect DATASET --sample KEY           where a sample went, or why it was rejected (--source NAME)
   synthesize DIRECTORY [--key value ...] a small captioned data set of shapes, and its tokenizer
 
 --json anywhere prints one JSON object for scripts. Keys are those of the TOML file, dotted: --budget.S 4096
@@ -41,6 +46,7 @@ def main(arguments: list[str]) -> int:
         "pack": _pack,
         "report": _report,
         "verify": _verify,
+        "inspect": _inspect,
         "synthesize": _synthesize,
     }
     as_json = "--json" in arguments
@@ -58,6 +64,16 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("preprocess: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectOptions:
+    """What to show: a pack of a split, or every pack that holds a part of a sample."""
+
+    pack: int = 0
+    split: str = "train"
+    sample: str = ""
+    source: str = ""
 
 
 def _config(words: list[str]) -> PreprocessConfig:
@@ -154,6 +170,24 @@ def _verify(words: list[str], as_json: bool) -> int:
     checked = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     print(f"{words[0]}: {f'{len(faults)} faults' if faults else 'no fault'} in {checked}")
     return 1 if faults else 0
+
+
+def _inspect(words: list[str], as_json: bool) -> int:
+    dataset = open_dataset(_dataset(words[:1]))
+    options = load_config(InspectOptions, None, words[1:])
+    if options.sample:
+        places, rejects = find_sample(dataset, options.sample, options.source)
+    else:
+        places, rejects = [(options.split, options.pack)], []
+    packs = [pack_record(dataset, split, pack) for split, pack in places]
+    if as_json:
+        print(json.dumps({"packs": packs, "rejects": rejects}))
+        return 0
+    for record in packs:
+        print("\n".join(describe_pack(record, dataset, options.sample)))
+    for reject in rejects:
+        print(f"rejected: {reject['source']} {reject['key']}: {reject['reason']} ({reject['detail']})")
+    return 0
 
 
 def _synthesize(words: list[str], as_json: bool) -> int:

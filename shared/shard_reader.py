@@ -106,6 +106,16 @@ class ShardReader:
             cost=int(index.costs[row]),
         )
 
+    def byte_ranges(self, row: int) -> dict[str, range]:
+        """Where the mapped columns of one pack lie in the file: any tool can read them from there."""
+        index, width = self._index, 4 * self.num_tokens_per_pack
+        starts = {name: int(index.token_offsets[column, row]) for column, name in enumerate(TOKEN_COLUMNS)}
+        blob = int(index.blob_offsets[row])
+        return {
+            **{name: range(start, start + width) for name, start in starts.items()},
+            "patches": range(blob, blob + int(index.blob_bytes[row])),
+        }
+
     def documents(self, row: int) -> list[Document]:
         """Provenance of one pack. Decodes the column once per shard, on first use."""
         return [Document(**entry) for entry in self._documents[row].as_py()]
