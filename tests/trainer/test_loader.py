@@ -1,0 +1,118 @@
+"""The loader: the same steps for any number of ranks and from any start."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.dataset import open_dataset
+from shared.errors import UserError
+from shared.geometry import Budget
+from tests.trainer.batches import Document, Picture
+from tests.trainer.datasets import write_dataset
+from trainer.data.batch import Batch
+from trainer.data.loader import Loader, Step
+
+BUDGET = Budget(S=16, N=1, L=16)
+PACKS: list[list[Document]] = [[[Picture(2, 2, seed=n), 10 + n], [20 + n]] for n in range(10)]
+
+
+@pytest.fixture
+def dataset_path(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", {"train": PACKS}, BUDGET)
+
+
+def load(
+    path: Path, count: int, *, start: int = 0, rank: int = 0, ranks: int = 1, accumulation: int = 1
+) -> list[Step]:
+    loader = Loader(
+        open_dataset(path),
+        split="train",
+        seed=3,
+        packs_per_microbatch=4 // (ranks * accumulation),
+        accumulation=accumulation,
+        dp_rank=rank,
+        dp_size=ranks,
+        device=torch.device("cpu"),
+        start_step=start,
+    )
+    try:
+        return list(itertools.islice(loader, count))
+    finally:
+        loader.close()
+
+
+def texts(steps: list[Step]) -> list[Counter[int]]:
+    """Of each step, the text tokens 10..29, which name the packs."""
+    tokens = [torch.cat([b.tokens_BS.flatten() for b in step.microbatches]).tolist() for step in steps]
+    return [Counter(token for token in of_step if 10 <= token < 30) for of_step in tokens]
+
+
+def test_starting_late_gives_the_same_steps(dataset_path: Path) -> None:
+    whole, late = load(dataset_path, 7), load(dataset_path, 3, start=4)
+    assert [step.index for step in late] == [4, 5, 6]
+    for a, b in zip(whole[4:], late, strict=True):
+        for field in fields(Batch):
+            assert torch.equal(getattr(a.microbatches[0], field.name), getattr(b.microbatches[0], field.name))
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (1, 2), (4, 1), (2, 2)])
+def test_a_global_batch_is_the_same_packs_on_any_layout(
+    dataset_path: Path, ranks: int, accumulation: int
+) -> None:
+    single = texts(load(dataset_path, 5))
+    parts = [
+        texts(load(dataset_path, 5, rank=rank, ranks=ranks, accumulation=accumulation))
+        for rank in range(ranks)
+    ]
+    assert [sum(of_step, Counter()) for of_step in zip(*parts, strict=True)] == single
+
+
+def test_counts_are_of_useful_labels_tokens_and_patches(dataset_path: Path) -> None:
+    (step,) = load(dataset_path, 1)
+    # Per pack: [begin, image, end, text, eos] + [text, eos] = 7 tokens; labels text, eos, eos = 3; 4 patches.
+    assert (step.num_tokens, step.num_labels, step.num_patches) == (4 * 7, 4 * 3, 4 * 4)
+    assert step.wait_s >= 0
+
+
+def test_an_epoch_has_as_many_steps_as_packs_allow(dataset_path: Path) -> None:
+    loader = Loader(
+        open_dataset(dataset_path),
+        split="train",
+        seed=0,
+        packs_per_microbatch=2,
+        accumulation=2,
+        dp_rank=0,
+        dp_size=1,
+        device=torch.device("cpu"),
+        start_step=0,
+    )
+    loader.close()
+    assert (loader.packs_total, loader.packs_per_step, loader.steps_per_epoch) == (10, 4, 2.5)
+
+
+def test_a_missing_shard_is_an_error_in_the_consumer_that_names_it(dataset_path: Path) -> None:
+    (dataset_path / "shards" / "train-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"train-00000\.parquet: no such file"):
+        load(dataset_path, 1)
+
+
+def test_closing_ends_the_thread_even_when_nobody_takes_its_steps(dataset_path: Path) -> None:
+    loader = Loader(
+        open_dataset(dataset_path),
+        split="train",
+        seed=0,
+        packs_per_microbatch=1,
+        accumulation=1,
+        dp_rank=0,
+        dp_size=1,
+        device=torch.device("cpu"),
+        start_step=0,
+    )
+    loader.close()
+    assert not loader._thread.is_alive()

@@ -1,0 +1,60 @@
+"""Order of data and dealing: pure functions, so every claim is checked on whole epochs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.data.order import deal_packs, epoch_order, packs_of_step
+
+
+@pytest.mark.parametrize(("num_packs", "packs_per_step"), [(12, 4), (10, 4), (3, 8), (1, 1)])
+def test_every_epoch_holds_every_pack_once(num_packs: int, packs_per_step: int) -> None:
+    steps = 3 * num_packs  # packs_per_step whole epochs at least
+    order = np.concatenate([packs_of_step(num_packs, packs_per_step, 0, step) for step in range(steps)])
+    for epoch in range(3):
+        here = order[epoch * num_packs : (epoch + 1) * num_packs]
+        assert sorted(here.tolist()) == list(range(num_packs))
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    orders = [epoch_order(50, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_the_order_does_not_depend_on_what_was_asked_before() -> None:
+    late = packs_of_step(10, 4, 7, 123)
+    for step in range(5):
+        packs_of_step(10, 4, 7, step)
+    assert packs_of_step(10, 4, 7, 123).tolist() == late.tolist()
+
+
+@given(
+    costs=st.lists(st.integers(1, 10**15), min_size=24, max_size=24),
+    layout=st.sampled_from([(1, 24, 1), (2, 3, 4), (4, 2, 3), (24, 1, 1), (3, 1, 8)]),
+)
+def test_every_pack_is_dealt_once_and_microbatches_are_full(
+    costs: list[int], layout: tuple[int, int, int]
+) -> None:
+    dp_size, accumulation, packs_per_microbatch = layout
+    dealt = deal_packs(
+        np.array(costs), dp_size=dp_size, accumulation=accumulation, packs_per_microbatch=packs_per_microbatch
+    )
+    assert dealt.shape == layout
+    assert sorted(dealt.reshape(-1).tolist()) == list(range(24))
+
+
+def test_dealing_evens_out_the_cost_of_ranks() -> None:
+    # By hand: 9 | 8 | 7 | 6 go to four ranks, then 5 joins 6, 4 joins 7, 3 joins 8, 2 joins 9: 11 each.
+    dealt = deal_packs(np.array([2, 3, 4, 5, 6, 7, 8, 9]), dp_size=4, accumulation=1, packs_per_microbatch=2)
+    costs = np.array([2, 3, 4, 5, 6, 7, 8, 9])[dealt]
+    assert costs.sum(axis=(1, 2)).tolist() == [11, 11, 11, 11]
+
+
+def test_ranks_that_wait_for_each_other_get_like_loads() -> None:
+    # One pack per microbatch: the two ranks of a microbatch get neighbours in cost.
+    costs = np.array([100, 1, 99, 2])
+    dealt = deal_packs(costs, dp_size=2, accumulation=2, packs_per_microbatch=1)
+    assert [sorted(costs[dealt[:, step, 0]].tolist()) for step in range(2)] == [[99, 100], [1, 2]]
