@@ -41,8 +41,12 @@ class Donor:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m trainer eval", description="Evaluate a run's newest checkpoint.")
-    parser.add_argument("run", type=Path, help="run directory; any key of its config can follow as --key value")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer eval", description="Evaluate a run's newest checkpoint."
+    )
+    parser.add_argument(
+        "run", type=Path, help="run directory; any key of its config can follow as --key value"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_run_config(arguments.run, tuple(overrides))
@@ -120,7 +124,10 @@ def deal_wrong_pictures(dataset: DataSet, split: str, packs: Sequence[Pack]) -> 
     An image keeps its own picture only when no other document has one.
     """
     places = [(p, i) for p, pack in enumerate(packs) for i in range(len(pack.images))]
-    owner = {(p, i): (p, _document_of(dataset, split, p, int(packs[p].images["token_start"][i]))) for p, i in places}
+    owner = {
+        (p, i): (p, _document_of(dataset, split, p, int(packs[p].images["token_start"][i])))
+        for p, i in places
+    }
 
     def shape(place: tuple[int, int]) -> tuple[float, ...]:
         image = packs[place[0]].images[place[1]]
@@ -150,9 +157,7 @@ def with_pictures(pack: Pack, packs: Sequence[Pack], donors: Sequence[Donor], ge
     return dataclasses.replace(pack, patches_XP=np.concatenate(blobs) if blobs else pack.patches_XP)
 
 
-def _fitted_patches(
-    donor: Pack, image: int, slot: np.void, geometry: Geometry
-) -> npt.NDArray[np.uint8]:
+def _fitted_patches(donor: Pack, image: int, slot: np.void, geometry: Geometry) -> npt.NDArray[np.uint8]:
     """The donor's picture as patches of the slot's grid, uint8 [t*h*w, P]; frames repeat if there are fewer."""
     counts = donor.images["nbytes"] // geometry.values_per_patch
     first = int(counts[:image].sum())

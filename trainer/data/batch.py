@@ -1,8 +1,8 @@
 """Packs -> one microbatch of static shapes. One copy: from the mapped file into (pinned) memory.
 
-    Pack.patches_XP  [valid patches, P], rows in order  ->  pixel_values_NLP [B*N, L, P], zeros behind each row
-    Pack.images      place of each image                ->  grid, image ids and sizes per patch
-                                                        ->  visual_index_BS: which visual token goes where
+Pack.patches_XP  [valid patches, P], rows in order  ->  pixel_values_NLP [B*N, L, P], zeros behind each row
+Pack.images      place of each image                ->  grid, image ids and sizes per patch
+                                                    ->  visual_index_BS: which visual token goes where
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shared.arrays import runs
 from shared.geometry import Budget, patch_positions
 from shared.schema import IGNORE_LABEL, Pack
 
@@ -86,6 +87,12 @@ def assemble_batch(
     return batch
 
 
+def used_tokens(pack: Pack, pad_token: int) -> int:
+    """Tokens of a pack that belong to documents. Padding is the last run of positions, if it is pad tokens."""
+    last = int(np.flatnonzero(pack.positions_S == 0)[-1])
+    return last if (pack.tokens_S[last:] == pad_token).all() else len(pack.tokens_S)
+
+
 def _fill_text(batch: Batch, b: int, pack: Pack) -> None:
     batch.tokens_BS[b].numpy()[...] = pack.tokens_S
     batch.labels_BS[b].numpy()[...] = pack.labels_S
@@ -103,27 +110,17 @@ def _fill_pixels(pixels_NLP: npt.NDArray[np.uint8], pack: Pack) -> None:
         begin += used
 
 
-def _fill_places(
-    batch: Batch, b: int, images: npt.NDArray[np.void], budget: Budget, merge: int
-) -> None:
+def _fill_places(batch: Batch, b: int, images: npt.NDArray[np.void], budget: Budget, merge: int) -> None:
     """Per patch: position, image and image size. Per token: its visual token. No loop over images."""
     if not len(images):
         return
     size_i3 = np.stack([images["t"], images["h"], images["w"]], axis=-1).astype(np.int64)
     count_i = size_i3.prod(axis=1)
     first_i = (b * budget.N + images["row"].astype(np.int64)) * budget.L + images["offset"]
-    place_X = _runs(first_i, count_i)
+    place_X = runs(first_i, count_i)
     batch.grid_thw_NL3.view(-1, 3).numpy()[place_X] = patch_positions(size_i3, merge)
     batch.image_ids_NL.view(-1).numpy()[place_X] = np.repeat(np.arange(len(images)), count_i)
     batch.image_sizes_NL2.view(-1, 2).numpy()[place_X] = np.repeat(size_i3[:, 1:], count_i, axis=0)
     tokens_i = count_i // merge**2
-    token_v = _runs(b * budget.S + images["token_start"].astype(np.int64), tokens_i)
-    batch.visual_index_BS.view(-1).numpy()[token_v] = _runs(first_i // merge**2, tokens_i)
-
-
-def _runs(start_i: npt.NDArray[np.int64], length_i: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """start, start + 1, .. for `length` numbers of each run, one run after another."""
-    before_i = np.cumsum(length_i) - length_i
-    return np.arange(int(length_i.sum())) + np.repeat(start_i - before_i, length_i)
-
-
+    token_v = runs(b * budget.S + images["token_start"].astype(np.int64), tokens_i)
+    batch.visual_index_BS.view(-1).numpy()[token_v] = runs(first_i // merge**2, tokens_i)

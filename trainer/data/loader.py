@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from shared.dataset import DataSet
-from trainer.data.batch import Batch, assemble_batch
+from trainer.data.batch import Batch, assemble_batch, used_tokens
 from trainer.data.order import deal_packs, packs_of_step
 
 # Steps kept ready: one being consumed, one waiting. More only costs memory.
@@ -59,7 +59,9 @@ class Loader:
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
         self.packs_total = dataset.num_packs(split)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ready: queue.Queue[tuple[Step, torch.cuda.Event | None] | BaseException] = queue.Queue(STEPS_AHEAD)
+        self._ready: queue.Queue[tuple[Step, torch.cuda.Event | None] | BaseException] = queue.Queue(
+            STEPS_AHEAD
+        )
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(start_step,), daemon=True, name="loader")
         self._thread.start()
@@ -104,7 +106,7 @@ class Loader:
             while not self._stopped.is_set():
                 self._ready.put(self._load(step))
                 step += 1
-        except BaseException as error:  # noqa: BLE001  # handed to the consumer, whatever it is
+        except BaseException as error:  # handed to the consumer, whatever it is
             self._ready.put(error)
 
     def _load(self, index: int) -> tuple[Step, torch.cuda.Event | None]:
@@ -130,7 +132,7 @@ class Loader:
                 pin_memory=self._copies is not None,
             )
             labels += int((batch.labels_BS >= 0).sum())
-            tokens += int((batch.tokens_BS != self._dataset.tokens.pad).sum())
+            tokens += sum(used_tokens(pack, self._dataset.tokens.pad) for pack in packs)
             patches += sum(len(pack.patches_XP) for pack in packs)
             batches.append(batch)
         if self._copies is None:
