@@ -24,6 +24,9 @@ from shared.geometry import Geometry
 # Limits are checked on the header against the config, not by Pillow's own warning.
 Image.MAX_IMAGE_PIXELS = None
 
+# Damaged metadata is no news in a job over millions of files: what matters becomes a reject.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 # Pillow's pixels are read-only and nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -92,14 +95,15 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
 def resize(image_hwc: npt.NDArray[np.uint8], h: int, w: int, geometry: Geometry) -> npt.NDArray[np.uint8]:
     """Antialiased resize, uint8 [H, W, 3] -> uint8 [h * p, w * p, 3].
 
-    torch's uint8 kernel for channels-last pictures: vectorized fixed-point arithmetic, within one level of
-    Pillow's result and several times faster (benchmarks/images.py).
+    torch's uint8 kernel for channels-last pictures: vectorized fixed-point arithmetic, first the width, then
+    the height, within one level of Pillow's result (bicubic: two, if Pillow takes the sides in the same order)
+    and several times faster (benchmarks/images.py).
     """
     height, width = h * geometry.patch_size, w * geometry.patch_size
     if image_hwc.shape[:2] == (height, width):
         return image_hwc
-    # A view: [1, 3, H, W] with channels last in memory.
-    picture = torch.from_numpy(image_hwc).permute(2, 0, 1)[None]
+    # A view: [1, 3, H, W] with channels last in memory; torch 2.13 misreads other orders of one-pixel columns.
+    picture = torch.from_numpy(np.ascontiguousarray(image_hwc)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(
         picture, size=(height, width), mode=geometry.filter, antialias=True, align_corners=False
     )
@@ -117,7 +121,9 @@ def _reject_as(reason: str, data: bytes) -> Generator[None, None, None]:
 
 
 def _orientation(picture: Image.Image, data: bytes) -> int:
-    """EXIF orientation 1..8; 1 when there is none or it cannot be read."""
+    """EXIF orientation 1..8 that is still to be applied; 1 when there is none or it cannot be read."""
+    if picture.format == "TIFF":
+        return 1  # Pillow turns these itself, and `size` is the turned one
     try:
         if picture.format == "PNG" and not ({"exif", "Raw profile type exif"} & picture.info.keys()):
             # Pillow would decode the whole picture to look behind the pixels.
@@ -149,7 +155,10 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":
         values = np.asarray(picture).astype(np.int64)
         # 65535 / 255 = 257: full white stays white.
-        return Image.fromarray((values.clip(0, 65535) / 257 + 0.5).astype(np.uint8)).convert("RGB")
+        grey = (values.clip(0, 65535) / 257 + 0.5).astype(np.uint8)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
     if picture.mode == "F":
         raise ValueError("floating-point pictures have no agreed range")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:

@@ -72,11 +72,12 @@ class WebDataset:
         caption = group.members.get(self._caption)
         if caption is None:
             return self._reject(group.key, "no_caption", f"no .{self._caption} member")
+        data = self.read_bytes(unit, *caption)
         try:
-            text = self.read_text(unit, *caption)
+            text = self._text(data)
         except UnicodeError as error:
             return self._reject(group.key, "caption_not_utf8", str(error))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
             return self._reject(group.key, "json_invalid", str(error))
         except KeyError as error:
             return self._reject(group.key, "no_caption", f"no text field {error} in the .json member")
@@ -118,11 +119,14 @@ def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
         with tarfile.open(unit, "r:") as tar:
             try:
                 for member in tar:
+                    if member.size < 0:  # a header that leads back to itself would never end
+                        return [*groups.values(), *repeats], f"{member.name} has a size of {member.size}"
                     if member.isfile() and member.offset_data + member.size > size:
                         return [*groups.values(), *repeats], f"{member.name} is cut off at byte {size}"
                     _add_member(groups, repeats, member)
+                damage = _what_follows(unit, tar.offset)
             except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-                return [*groups.values(), *repeats], f"{type(error).__name__}: {error}"
+                damage = f"{type(error).__name__}: {error}"
     except tarfile.TarError as error:
         raise UserError(
             f"source {name!r}: {unit}: not a readable tar ({error}); compressed tars cannot be read by offset, "
@@ -130,7 +134,16 @@ def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
         ) from None
     except OSError as error:
         raise UserError(f"source {name!r}: {unit}: {error.strerror}; check sources.{name}.paths") from None
-    return [*groups.values(), *repeats], ""
+    return [*groups.values(), *repeats], damage
+
+
+def _what_follows(unit: str, offset: int) -> str:
+    """ "" when the archive ends at `offset`, with a block of zeros or with the file.
+
+    tarfile takes a header that it cannot read for the end, once there was a good one.
+    """
+    block = os.pread(_open(unit).fileno(), tarfile.BLOCKSIZE, offset)
+    return f"no readable header at byte {offset}" if block.strip(b"\0") else ""
 
 
 def _add_member(groups: dict[str, _Group], repeats: list[_Group], member: tarfile.TarInfo) -> None:
