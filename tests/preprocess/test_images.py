@@ -1,0 +1,405 @@
+"""Pictures: what is displayed, what is refused, and that the header alone says how large."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, ImageOps
+
+from preprocess.config import ImageLimits
+from preprocess.images import Header, ImageError, decode, read_header, resize
+from shared.geometry import Geometry
+from tests.preprocess.inputs import encode, noise, png
+
+# What damaged files make Pillow say beside.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+LIMITS = ImageLimits()
+ORIENTATION = 0x0112
+
+
+def header_of(data: bytes) -> Header:
+    return read_header(data, max_pixels=LIMITS.max_pixels, max_bytes=LIMITS.max_bytes)
+
+
+def exif(orientation: int) -> Image.Exif:
+    block = Image.Exif()
+    block[ORIENTATION] = orientation
+    return block
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+# Stored: row 0 is (a, b, c), row 1 is (d, e, f). The EXIF standard says where row 0 and column 0 of what is
+# stored are when it is displayed: 1 top left, 2 top right, 3 bottom right, 4 bottom left, 5 left top,
+# 6 right top, 7 right bottom, 8 left bottom.
+A, B, C, D, E, F = 10, 50, 90, 130, 170, 210
+DISPLAYED = {
+    1: [[A, B, C], [D, E, F]],
+    2: [[C, B, A], [F, E, D]],
+    3: [[F, E, D], [C, B, A]],
+    4: [[D, E, F], [A, B, C]],
+    5: [[A, D], [B, E], [C, F]],
+    6: [[D, A], [E, B], [F, C]],
+    7: [[F, C], [E, B], [D, A]],
+    8: [[C, F], [B, E], [A, D]],
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_every_orientation_is_displayed_upright_and_the_header_knows_the_turned_size(
+    orientation: int, kind: str
+) -> None:
+    stored = np.array(DISPLAYED[1], np.uint8)[..., None].repeat(3, axis=2)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    data = encode(stored, kind, exif=exif(orientation), **options)
+    expected = np.array(DISPLAYED[orientation], np.uint8)
+    pixels = decode(data)
+    assert pixels.shape == (*expected.shape, 3)
+    assert (pixels == expected[..., None]).all()
+    assert header_of(data) == Header(*expected.shape)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_equals_pillows_own_turning_of_it(orientation: int) -> None:
+    data = encode(noise(1, 24, 40), "JPEG", exif=exif(orientation), quality=90)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(decode(data), np.asarray(expected))
+    assert header_of(data) == Header(*((40, 24) if orientation >= 5 else (24, 40)))
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_outside_1_to_8_turns_nothing(value: int) -> None:
+    pixels = noise(2, 6, 9)
+    data = encode(pixels, exif=exif(value))
+    np.testing.assert_array_equal(decode(data), pixels)
+    assert header_of(data) == Header(6, 9)
+
+
+def test_an_exif_chunk_behind_the_pixels_of_a_png_turns_it_too() -> None:
+    stored = np.array(DISPLAYED[1], np.uint8)[..., None].repeat(3, axis=2)
+    plain = encode(stored)
+    end = plain.rindex(b"IEND") - 4
+    # Orientation 6 in the smallest TIFF block: one entry, type SHORT.
+    block = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0) + b"\0\0\0\0"
+    data = plain[:end] + chunk(b"eXIf", block) + plain[end:]
+    assert header_of(data) == Header(3, 2)
+    assert decode(data)[..., 0].tolist() == DISPLAYED[6]
+
+
+def over_white(colour: float, alpha: float) -> int:
+    return round((colour * alpha + 255 * (255 - alpha)) / 255)
+
+
+def one_row(mode: str, *pixels: object) -> Image.Image:
+    picture = Image.new(mode, (len(pixels), 1))
+    picture.putdata(pixels)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "options", "expected"),
+    [
+        pytest.param(
+            one_row("RGBA", (200, 0, 40, 255), (200, 0, 40, 128), (200, 0, 40, 0)),
+            {},
+            # 128: 200 * 128/255 + 255 * 127/255 = 227.4, 0 -> 127, 40 -> 147.1
+            [(200, 0, 40), (227, 127, 147), (255, 255, 255)],
+            id="RGBA",
+        ),
+        pytest.param(
+            one_row("LA", (0, 255), (0, 51), (100, 102)),
+            {},
+            # 51 = 255 / 5: 255 * 4/5 = 204. 102: 100 * 2/5 + 255 * 3/5 = 193
+            [(0,) * 3, (204,) * 3, (193,) * 3],
+            id="LA",
+        ),
+        pytest.param(one_row("L", 7, 8), {"transparency": 7}, [(255,) * 3, (8,) * 3], id="L, one grey clear"),
+        pytest.param(
+            one_row("RGB", (1, 2, 3), (1, 2, 4)),
+            {"transparency": (1, 2, 3)},
+            [(255, 255, 255), (1, 2, 4)],
+            id="RGB, one colour clear",
+        ),
+        pytest.param(one_row("L", 0, 77, 255), {}, [(0,) * 3, (77,) * 3, (255,) * 3], id="L"),
+        pytest.param(one_row("1", 0, 255), {}, [(0,) * 3, (255,) * 3], id="1 bit"),
+    ],
+)
+def test_every_mode_becomes_rgb_over_white(
+    picture: Image.Image, options: dict[str, object], expected: list[tuple[int, int, int]]
+) -> None:
+    assert [tuple(pixel) for pixel in decode(encode(picture, **options))[0].tolist()] == expected
+
+
+def palette_picture() -> Image.Image:
+    picture = one_row("P", 0, 1, 2)
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("kind", "transparency", "expected"),
+    [
+        ("PNG", None, [(255, 0, 0), (0, 255, 0), (0, 0, 255)]),
+        # An alpha for every colour: clear, 102 / 255 = 2/5, solid. 0 * 2/5 + 255 * 3/5 = 153
+        ("PNG", bytes([0, 102, 255]), [(255, 255, 255), (153, 255, 153), (0, 0, 255)]),
+        ("GIF", None, [(255, 0, 0), (0, 255, 0), (0, 0, 255)]),
+        ("GIF", 2, [(255, 0, 0), (0, 255, 0), (255, 255, 255)]),
+    ],
+)
+def test_a_palette_is_resolved_and_its_clear_colours_are_white(
+    kind: str, transparency: bytes | int | None, expected: list[tuple[int, int, int]]
+) -> None:
+    options = {} if transparency is None else {"transparency": transparency}
+    pixels = decode(encode(palette_picture(), kind, **options))
+    assert [tuple(pixel) for pixel in pixels[0].tolist()] == expected
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
+    # 65535 / 257 = 255, 32896 / 257 = 128, 257 -> 1, 128 -> 0.498 -> 0, 129 -> 0.502 -> 1
+    picture = Image.fromarray(np.array([[65535, 32896, 257, 128, 129, 0]], np.uint16))
+    assert decode(encode(picture, kind))[0, :, 0].tolist() == [255, 128, 1, 0, 1, 0]
+
+
+def test_the_clear_grey_of_a_sixteen_bit_png_is_white() -> None:
+    plain = encode(Image.fromarray(np.array([[1000, 1001]], np.uint16)))
+    place = plain.index(b"IDAT") - 4
+    data = plain[:place] + chunk(b"tRNS", struct.pack(">H", 1000)) + plain[place:]
+    assert decode(data)[0, :, 0].tolist() == [255, 4]  # 1001 / 257 = 3.9
+
+
+def test_cmyk_becomes_rgb() -> None:
+    cyan_black_white = one_row("CMYK", (255, 0, 0, 0), (0, 0, 0, 255), (0, 0, 0, 0))
+    pixels = decode(encode(cyan_black_white, "TIFF"))
+    assert [tuple(pixel) for pixel in pixels[0].tolist()] == [(0, 255, 255), (0, 0, 0), (255, 255, 255)]
+
+
+def test_floating_point_pictures_are_rejected_because_they_have_no_range() -> None:
+    data = encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+    with pytest.raises(ImageError, match="floating-point") as caught:
+        decode(data)
+    assert caught.value.reason == "image_corrupt"
+
+
+def test_an_animation_is_its_first_frame() -> None:
+    frames = [Image.new("L", (3, 2), level) for level in (40, 200)]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert header_of(data) == Header(2, 3)
+    assert (decode(data) == 40).all()
+
+
+def test_limits_are_exact_and_name_their_reason() -> None:
+    data = png(10, 12)
+    bounds = {"max_pixels": 120, "max_bytes": len(data)}
+    assert read_header(data, **bounds) == Header(10, 12)
+    for bound, reason in (
+        ("max_pixels", "image_too_many_pixels"),
+        ("max_bytes", "image_too_many_bytes"),
+    ):
+        with pytest.raises(ImageError, match=f"limit {bounds[bound] - 1}") as caught:
+            read_header(data, **{**bounds, bound: bounds[bound] - 1})
+        assert caught.value.reason == reason
+
+
+def test_no_bytes_and_no_picture_have_their_own_reasons() -> None:
+    for data, reason in ((b"", "image_empty"), (b"<html>404</html>", "image_unreadable")):
+        with pytest.raises(ImageError) as caught:
+            header_of(data)
+        assert caught.value.reason == reason
+
+
+def test_a_message_about_bytes_is_the_same_in_every_process() -> None:
+    with pytest.raises(ImageError) as caught:
+        header_of(b"not a picture")
+    assert "BytesIO" not in str(caught.value) and "0x" not in str(caught.value)
+    assert "13 bytes, first 6e6f742061207069" in str(caught.value)  # "not a pi"
+
+
+def hostile_pictures(shared_data: Path) -> dict[str, bytes]:
+    directory = shared_data / "hostile"
+    listed = json.loads((directory / "MANIFEST.json").read_text())
+    names = [entry["file"] for entry in listed if entry["file"].startswith("images/")]
+    assert len(names) > 40
+    return {name.removeprefix("images/"): (directory / name).read_bytes() for name in names}
+
+
+# What MANIFEST.json says of them, by hand: what cannot be opened, what is too large, what fails in the pixels.
+UNREADABLE = {
+    "corrupt-header.jpg",
+    "broken.png",
+    "unknown_compression_method.png",
+    "zero_width.gif",
+    "negative_size.ppm",
+    "zero_height.j2k",
+    "png_decompression_dos.png",
+    "17000x17000.avif",
+    "image_invalid.jpg",
+    "hopper.heif",
+    "html_404.jpg",
+    "decompression_bomb.ico",
+}
+TOO_LARGE = {
+    "decompression_bomb.gif",
+    "reallybig.bmp",
+    "badwidth.bmp",
+    "16384x16384.png",
+}
+CORRUPT = {
+    "truncated.jpg",
+    "truncated.png",
+    "truncated_jpeg.jpg",
+    "truncated_image.png",
+    "broken_data_stream.png",
+    "crash-0c7e0e8e11ce787078f00b5b0ca409a167f070e0.tif",
+    "crash-2020-10-test.tif",
+    "chunk_no_fctl.png",
+}
+
+
+def test_every_hostile_picture_decodes_to_its_header_or_is_rejected_with_the_right_reason(
+    shared_data: Path,
+) -> None:
+    outcomes: dict[str, str] = {}
+    for name, data in hostile_pictures(shared_data).items():
+        try:
+            header = header_of(data)
+            pixels = decode(data)  # reached only by what the header passed
+            assert pixels.shape == (header.height, header.width, 3), name
+            assert pixels.dtype == np.uint8
+            outcomes[name] = "decoded"
+        except ImageError as error:
+            outcomes[name] = error.reason
+    expected = {
+        name: "image_empty"
+        if name == "empty.jpg"
+        else "image_unreadable"
+        if name in UNREADABLE
+        else "image_too_many_pixels"
+        if name in TOO_LARGE
+        else "image_corrupt"
+        if name in CORRUPT
+        else "decoded"
+        for name in outcomes
+    }
+    assert outcomes == expected
+
+
+def test_garbage_behind_a_jpeg_and_bad_exif_do_not_change_its_pixels(shared_data: Path) -> None:
+    pictures = hostile_pictures(shared_data)
+    for name in ("trailing_garbage.jpg", "invalid-exif.jpg", "hopper_bad_exif.jpg", "exif_typeerror.jpg"):
+        expected = Image.open(io.BytesIO(pictures[name])).convert("RGB")
+        np.testing.assert_array_equal(decode(pictures[name]), np.asarray(expected), err_msg=name)
+
+
+def test_a_header_is_read_without_decoding_a_pixel(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = {**hostile_pictures(shared_data), "turned.png": encode(noise(3, 5, 7), exif=exif(6))}
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a pixel was decoded")
+
+    outcomes: list[dict[str, object]] = []
+    for _ in range(2):
+        outcome: dict[str, object] = {}
+        for name, data in pictures.items():
+            try:
+                outcome[name] = header_of(data)
+            except ImageError as error:
+                outcome[name] = error.reason
+        outcomes.append(outcome)
+        # The second round cannot decode: the same sizes and reasons must come out.
+        for owner in (Image.Image, ImageFile.ImageFile):
+            monkeypatch.setattr(owner, "load", refuse)
+        monkeypatch.setattr(Image, "_getdecoder", refuse)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[1]["turned.png"] == Header(7, 5)
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_picture_is_rejected_or_decoded_whole_and_never_fails_otherwise(damage: str) -> None:
+    rng = np.random.default_rng(4)
+    sources = [
+        encode(noise(5, 30, 20), kind, **options)
+        for kind, options in (
+            ("JPEG", {}),
+            ("JPEG", {"progressive": True}),
+            ("PNG", {}),
+            ("GIF", {}),
+            ("WEBP", {}),
+            ("TIFF", {"compression": "tiff_lzw"}),
+            ("BMP", {}),
+        )
+    ]
+    for data in sources:
+        for _ in range(40):
+            broken = bytearray(data)
+            if damage == "cut":
+                broken = broken[: rng.integers(0, len(data))]
+            else:
+                places = rng.integers(0, len(data), rng.integers(1, 6))
+                for place in places.tolist():
+                    broken[place] = rng.integers(0, 256)
+            try:
+                header = read_header(bytes(broken), max_pixels=10_000, max_bytes=1 << 20)
+                assert decode(bytes(broken)).shape == (header.height, header.width, 3)
+            except ImageError:
+                pass
+
+
+def pillow_resize(pixels: npt.NDArray[np.uint8], height: int, width: int, name: str) -> npt.NDArray[np.int64]:
+    """Pillow's result, the width first and then the height: it may choose, and bicubic clips in between."""
+    kind = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[name]
+    picture = Image.fromarray(pixels).resize((width, pixels.shape[0]), kind).resize((width, height), kind)
+    return np.asarray(picture).astype(np.int64)
+
+
+# Bicubic weights have an absolute sum of up to 1.3, so one level of the first pass can become two.
+@pytest.mark.parametrize(("name", "levels"), [("bilinear", 1), ("bicubic", 2)])
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    h=st.integers(1, 6),
+    w=st.integers(1, 6),
+    seed=st.integers(0, 9),
+)
+def test_a_resize_is_of_exact_size_and_within_a_level_or_two_of_pillow(
+    name: str, levels: int, height: int, width: int, h: int, w: int, seed: int
+) -> None:
+    geometry = Geometry(patch_size=8, merge=1, filter=name)  # type: ignore[arg-type]  # a Literal
+    pixels = noise(seed, height, width)
+    found = resize(pixels, h, w, geometry)
+    assert found.shape == (8 * h, 8 * w, 3) and found.dtype == np.uint8
+    assert np.abs(found - pillow_resize(pixels, 8 * h, 8 * w, name)).max() <= levels
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(33, 21), (1, 50), (50, 1), (1, 1)])
+def test_a_resize_does_not_depend_on_the_memory_order(name: str, size: tuple[int, int]) -> None:
+    pixels = noise(6, *size)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+    expected = torch.nn.functional.interpolate(planes, size=(16, 24), mode=name, antialias=True)
+    geometry = Geometry(patch_size=8, merge=1, filter=name)  # type: ignore[arg-type]  # a Literal
+    for ordered in (pixels, np.asfortranarray(pixels)):
+        found = resize(ordered, 2, 3, geometry)
+        np.testing.assert_array_equal(found, expected[0].permute(1, 2, 0).numpy())
+
+
+def test_a_picture_that_has_the_right_size_keeps_every_pixel() -> None:
+    pixels = noise(7, 16, 24)
+    np.testing.assert_array_equal(resize(pixels, 2, 3, Geometry(patch_size=8, merge=1)), pixels)
