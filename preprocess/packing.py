@@ -100,18 +100,25 @@ class _OpenPacks:
         return slots[np.argsort(left, kind="stable")]
 
     def _fit_images(self, slot: int, patches: Ints) -> Ints | None:
-        """A row for each image, largest image first into the fullest row that takes it; None if one fits none."""
-        free, used = self._rows[slot].copy(), self._images[slot].copy()
-        rows = np.full(len(patches), -1, np.int64)
-        for image in np.argsort(-patches, kind="stable"):
-            fitting = np.flatnonzero((free >= patches[image]) & (used < self._images_per_row))
-            if not len(fitting):
-                return None
-            row = fitting[np.argmin(free[fitting])]
-            free[row] -= patches[image]
-            used[row] += 1
-            rows[image] = row
-        return rows
+        """A row for each image, each into the fullest row that takes it; None if one fits none.
+
+        Largest image first; if that fails in document order, as the sample was cut (`stream.split_sample`): what
+        fitted there fits an empty pack here.
+        """
+        for order in (np.argsort(-patches, kind="stable"), np.arange(len(patches))):
+            free, used = self._rows[slot].copy(), self._images[slot].copy()
+            rows = np.full(len(patches), -1, np.int64)
+            for image in order:
+                fitting = np.flatnonzero((free >= patches[image]) & (used < self._images_per_row))
+                if not len(fitting):
+                    break
+                row = fitting[np.argmin(free[fitting])]
+                free[row] -= patches[image]
+                used[row] += 1
+                rows[image] = row
+            else:
+                return rows
+        return None
 
     def _take(self, slot: int, tokens: int, patches: Ints, rows: Ints) -> tuple[int, Ints]:
         self._tokens[slot] -= tokens

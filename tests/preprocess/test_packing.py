@@ -1,0 +1,177 @@
+"""Joint packing: every piece once, no budget broken, recomputed here from nothing but the result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocess.packing import Packing, pack_pieces
+from shared.geometry import Budget
+
+Piece = tuple[int, list[int]]  # tokens, patches of each image
+
+
+def pack(pieces: Sequence[Piece], budget: Budget, images_per_row: int = 0) -> Packing:
+    offsets = np.cumsum([0, *(len(patches) for _, patches in pieces)])
+    flat = np.array([count for _, patches in pieces for count in patches], np.int64)
+    tokens = np.array([tokens for tokens, _ in pieces], np.int64)
+    return pack_pieces(tokens, offsets, flat, budget, images_per_row)
+
+
+def check(pieces: Sequence[Piece], packing: Packing, budget: Budget, images_per_row: int = 0) -> None:
+    tokens: Counter[int] = Counter()
+    rows: Counter[tuple[int, int]] = Counter()
+    images: Counter[tuple[int, int]] = Counter()
+    row_of = iter(packing.row_i.tolist())
+    assert len(packing.pack_n) == len(pieces)
+    for number, (length, patches) in zip(packing.pack_n.tolist(), pieces, strict=True):
+        tokens[number] += length
+        for count in patches:
+            row = next(row_of)
+            assert 0 <= row < budget.N
+            rows[number, row] += count
+            images[number, row] += 1
+    assert next(row_of, None) is None
+    assert set(tokens) == set(range(packing.num_packs))  # none empty
+    assert max(tokens.values(), default=0) <= budget.S
+    assert max(rows.values(), default=0) <= budget.L
+    assert not images_per_row or max(images.values(), default=0) <= images_per_row
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[Piece], Budget, int]:
+    """Pieces that each fit an empty pack: their images go to the rows one after another."""
+    budget = Budget(S=draw(st.integers(1, 100)), N=draw(st.integers(1, 4)), L=draw(st.integers(1, 40)))
+    images_per_row = draw(st.integers(0, 3))
+    pieces: list[Piece] = []
+    for _ in range(draw(st.integers(0, 25))):
+        patches: list[int] = []
+        for _ in range(draw(st.integers(0, budget.N))):
+            room = budget.L
+            for _ in range(draw(st.integers(0, images_per_row or 3))):
+                if room:
+                    patches.append(draw(st.integers(1, room)))
+                    room -= patches[-1]
+        pieces.append((draw(st.integers(1, budget.S)), patches))
+    return pieces, budget, images_per_row
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem=problems())
+def test_every_piece_is_placed_once_within_all_budgets(problem: tuple[list[Piece], Budget, int]) -> None:
+    pieces, budget, images_per_row = problem
+    try:
+        packing = pack(pieces, budget, images_per_row)
+    except ValueError as error:
+        # Best fit is no search: it may miss a filling that leaves no room, but only where rows are that full.
+        number = int(str(error).split()[1])
+        assert len(pieces[number][1]) > 2 and "exceeds budget N" in str(error)
+        return
+    check(pieces, packing, budget, images_per_row)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tokens=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    seed=st.integers(0, 9),
+    budget=st.builds(Budget, S=st.integers(50, 90), N=st.integers(1, 4), L=st.integers(20, 50)),
+)
+def test_pieces_of_at_most_one_image_always_pack_and_two_packs_never_fit_into_one(
+    tokens: list[int], seed: int, budget: Budget
+) -> None:
+    rng = np.random.default_rng(seed)
+    pieces: list[Piece] = [(n, rng.integers(1, 21, rng.integers(0, 2)).tolist()) for n in tokens]
+    packing = pack(pieces, budget)
+    check(pieces, packing, budget)
+    assert packing.num_packs >= -(-sum(tokens) // budget.S)
+
+
+BUDGET = Budget(S=100, N=3, L=48)  # none a power of two
+
+
+@pytest.mark.parametrize(
+    ("pieces", "budget", "images_per_row", "packs"),
+    [
+        pytest.param([], BUDGET, 0, 0, id="nothing"),
+        pytest.param(
+            [(100, [48, 48, 48])], BUDGET, 0, 1, id="one that fills a pack to the last token and patch"
+        ),
+        # The giant alone; 20 of 5 tokens in one pack.
+        pytest.param([(5, [])] * 20 + [(100, [48] * 3)], BUDGET, 0, 2, id="one giant"),
+        # Three of 33 tokens in a pack of 100.
+        pytest.param([(33, [])] * 9, BUDGET, 0, 3, id="all equal"),
+        pytest.param([(1, [])] * 1000, BUDGET, 0, 10, id="tiny only"),
+        pytest.param([(51, [])] * 7, BUDGET, 0, 7, id="text of more than half a pack"),
+        # Two of 24 patches in a row, three rows: 6 in a pack, tokens to spare.
+        pytest.param([(2, [24])] * 24, BUDGET, 0, 4, id="images bound by L and N"),
+        pytest.param([(2, [25])] * 24, BUDGET, 0, 8, id="images of more than half a row"),
+        pytest.param([(2, [4])] * 24, BUDGET, 1, 8, id="one image per row"),
+        pytest.param([(2, [4])] * 24, BUDGET, 2, 4, id="two images per row"),
+        pytest.param([(2, [4, 4, 4])] * 5, BUDGET, 1, 5, id="one image per row, three of a piece"),
+        # 60 + 40 tokens and 48 + 48 + 48 patches: each pair fits exactly.
+        pytest.param([(60, [48]), (40, [48, 48])] * 4, BUDGET, 0, 4, id="pairs that fit exactly"),
+        # Tokens and patches pull apart: 90 tokens with an image of 4, 10 tokens with three of 44.
+        pytest.param([(90, [4]), (10, [44] * 3)] * 4, BUDGET, 0, 4, id="complements"),
+        pytest.param([(1, [1])] * 7, Budget(S=3, N=1, L=3), 0, 3, id="a pack of three"),
+        pytest.param([(1, [1])] * 3, Budget(S=1, N=1, L=1), 0, 3, id="a pack of one"),
+    ],
+)
+def test_hard_cases_take_the_number_of_packs_counted_by_hand(
+    pieces: list[Piece], budget: Budget, images_per_row: int, packs: int
+) -> None:
+    packing = pack(pieces, budget, images_per_row)
+    check(pieces, packing, budget, images_per_row)
+    assert packing.num_packs == packs
+
+
+def test_text_goes_beside_images_where_tokens_are_left() -> None:
+    pieces: list[Piece] = [(40, [48])] * 6 + [(20, [])] * 2
+    packing = pack(pieces, BUDGET)
+    check(pieces, packing, BUDGET)
+    assert (
+        packing.num_packs == 3
+    )  # 6 * 40 + 2 * 20 = 280 tokens: two pictures of 40 and one text of 20 in two packs
+
+
+@pytest.mark.parametrize(
+    ("piece", "images_per_row", "name"),
+    [
+        ((101, []), 0, "S"),
+        ((10, [49]), 0, "L"),
+        ((10, [48] * 4), 0, "N"),
+        ((10, [1] * 4), 1, "N"),
+        ((101, [49]), 0, "S"),
+    ],
+)
+def test_what_fits_no_pack_is_named_with_its_budget(piece: Piece, images_per_row: int, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"piece 2 of {piece[0]} tokens .* exceeds budget {name}$"):
+        pack([(5, []), (5, [3]), piece], BUDGET, images_per_row)
+
+
+def test_the_same_pieces_give_the_same_packs() -> None:
+    rng = np.random.default_rng(0)
+    pieces: list[Piece] = [
+        (int(n), rng.integers(1, 30, rng.integers(0, 4)).tolist()) for n in rng.integers(1, 60, 300)
+    ]
+    first, second = (pack(list(pieces), BUDGET) for _ in range(2))
+    check(pieces, first, BUDGET)
+    np.testing.assert_array_equal(first.pack_n, second.pack_n)
+    np.testing.assert_array_equal(first.row_i, second.row_i)
+
+
+def test_captioned_pictures_fill_the_scarcer_budget_almost_whole() -> None:
+    rng = np.random.default_rng(1)
+    pieces: list[Piece] = [
+        (20 + n // 4, [int(n)])
+        for n in 4 * rng.integers(16, 65, 2000)  # 64 to 256 patches
+    ]
+    budget = Budget(S=2048, N=4, L=1024)
+    packing = pack(pieces, budget)
+    check(pieces, packing, budget)
+    patches = sum(n for _, (n,) in pieces)
+    assert patches / (packing.num_packs * budget.N * budget.L) > 0.97
