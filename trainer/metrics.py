@@ -82,14 +82,19 @@ class Console:
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self.terminal = enabled and sys.stdout.isatty()
+        self.redrawing = False
 
     def print(self, text: str) -> None:
+        """A line that stays; a line being redrawn stays above it as it is."""
         if self.enabled:
-            print(f"\r\x1b[2K{text}" if self.terminal else text, flush=True)
+            print(f"\n{text}" if self.redrawing else text, flush=True)
+        self.redrawing = False
 
     def redraw(self, text: str) -> None:
+        """Replace the line being redrawn; elsewhere than on a terminal, nothing."""
         if self.terminal:
             print(f"\r\x1b[2K{text}", end="", flush=True)
+            self.redrawing = True
 
 
 class Reporter:

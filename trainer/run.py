@@ -68,9 +68,10 @@ def write_run(config: RunConfig, dataset: DataSet) -> None:
 
 
 def load_run_config(out: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The config a run was made with, `overrides` on top. `out` is where the run is now, moved or not."""
     if not (out / "config.toml").is_file():
         raise UserError(f"run {out}: no config.toml there; give the --out of a training run")
-    return load_config(RunConfig, out / "config.toml", overrides)
+    return load_config(RunConfig, out / "config.toml", (*overrides, "--out", str(out)))
 
 
 def new_model(config: RunConfig, dataset: DataSet, world: World) -> VisionLanguageModel:

@@ -152,6 +152,17 @@ def test_a_finished_run_is_evaluated_again_and_can_be_made_longer(
     assert len(rows(command[-1])) == 7
 
 
+def test_a_run_that_was_moved_can_be_evaluated(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    moved = Path(command[-1]).rename(command[-1] + "-moved")
+    capsys.readouterr()
+    assert main(["eval", str(moved), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["step"] == 6 and result["vision_gain"] == rows(moved, "eval")[0]["vision_gain"]
+
+
 def test_the_loss_falls(command: list[str]) -> None:
     assert main([*command, "--steps", "40", "--optimizer.lr", "1e-2", "--checkpoint.every", "40"]) == 0
     losses = [row["loss"] for row in rows(command[-1])]

@@ -79,10 +79,12 @@ def open_world(device: str, dtype: str) -> Iterator[World]:
     if not launched and dtype == "float32":
         yield World(rank=0, size=1, device=place, mesh=None)
         return
-    # A store in memory: one process has nobody to meet, and needs no port for it.
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, not in __all__
-    alone = {} if launched else {"store": store, "rank": 0, "world_size": 1}
-    dist.init_process_group(BACKENDS[device], **alone)
+    if launched:
+        dist.init_process_group(BACKENDS[device])
+    else:
+        # A store in memory: one process has nobody to meet, and needs no port for it.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, not in __all__
+        dist.init_process_group(BACKENDS[device], store=store, rank=0, world_size=1)
     try:
         mesh = init_device_mesh(device, (size,), mesh_dim_names=(DATA_AXIS,))
         yield World(rank=rank, size=size, device=place, mesh=mesh)
