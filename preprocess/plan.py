@@ -231,7 +231,8 @@ def _cut_shards(bytes_per_pack: npt.NDArray[np.int64], shard_bytes: int) -> Iter
     """Ranges of packs of about `shard_bytes`, equal within one pack, at least one pack each."""
     total = bytes_per_pack.sum()
     num_shards = max(1, round(total / shard_bytes))
-    shard = np.minimum((np.cumsum(bytes_per_pack) - bytes_per_pack) * num_shards // total, num_shards - 1)
+    # Quotients, not products: bytes times shards leave int64 at some 60 TB.
+    shard = ((np.cumsum(bytes_per_pack) - bytes_per_pack) / (total / num_shards)).astype(np.int64)
     borders = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(bytes_per_pack)]
     for start, stop in itertools.pairwise(borders):
         yield range(start, stop)
