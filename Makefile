@@ -38,9 +38,9 @@ demo: setup
 demo-short:
 	@$(MAKE) --no-print-directory demo DEMO=demo/short SAMPLES=400 STEPS=50
 
-# Two processes: each core runs one test at a time.
+# Two processes on two cores: one thread each, or they wait for each other.
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu' -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu' -q
 
 test-slow: setup
 	$(BIN)/pytest -m slow -q
