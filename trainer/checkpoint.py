@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +156,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _expected_alone() -> Iterator[None]:
+def _expected_alone() -> Generator[None]:
     """Without a process group torch warns that it assumes one process; that is what is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -10,7 +10,7 @@ process therefore forms a group of its own, in memory, and takes the same path a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ class World:
 
 
 @contextmanager
-def open_world(device: str, dtype: str) -> Iterator[World]:
+def open_world(device: str, dtype: str) -> Generator[World]:
     """Join the processes that the launcher started; leave them at the end.
 
     Raises:
