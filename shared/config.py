@@ -30,7 +30,10 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
         UserError: the file cannot be read, or a key or value does not fit; names the key and its origin.
     """
     tree = _read_toml(path) if path is not None else {}
-    origin = str(path) if path is not None else "command line"
+    origins = [str(path)] if path is not None else []
+    if overrides or not origins:
+        origins.append("command line")
+    origin = " and ".join(origins)
     for key, values in parse_overrides(overrides):
         _set(tree, cls, key, values)
     return _build(cls, tree, origin, "")
@@ -113,9 +116,11 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
     """Store one override in the tree, converted to the type that its field declares."""
     where, node, hint = "command line", tree, Any
     current: Any = cls
-    parts = key.replace("-", "_").split(".")
+    parts = key.split(".")
     for depth, part in enumerate(parts):
         if dataclasses.is_dataclass(current):
+            # --max-bytes is max_bytes; the name of a table (below) is the user's own and keeps its dashes.
+            part = parts[depth] = part.replace("-", "_")
             hints = get_type_hints(current)
             if part not in hints:
                 prefix = ".".join(parts[:depth])
@@ -131,6 +136,9 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
         current = _without_none(hint)
         if depth < len(parts) - 1:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                section = ".".join(parts[: depth + 1])
+                raise UserError(f"{where}: --{key}: {section} is {node!r} in the file, expected a table")
     node[parts[-1]] = _from_words(hint, values, f"{where}: --{key}")
 
 
@@ -149,7 +157,7 @@ def _from_words(hint: Any, words: list[str], where: str) -> Any:
         if inner is bool:
             return {"true": True, "false": False}[word.lower()]
         if inner in (int, float):
-            return inner(word.replace("_", ""))
+            return inner(word)
         if get_origin(inner) is Literal:
             kinds = {str(option): option for option in get_args(inner)}
             return kinds.get(word, word)

@@ -89,8 +89,13 @@ class _CompactReader:
         if kind in (_LIST, _SET):
             head = self._byte()
             count = head >> 4 if head >> 4 != 15 else self._varint()
-            return [self._value(head & 0x0F) for _ in range(min(count, len(self._data)))]
+            return [self._element(head & 0x0F) for _ in range(count)]
         raise IndexError(f"thrift type {kind}")
+
+    def _element(self, kind: int) -> object:
+        # A boolean field is its own type and takes no byte; inside a list it takes one. Every element takes at
+        # least one, so that a count from garbage ends with the data.
+        return self._byte() if kind in _BOOLEANS else self._value(kind)
 
     def _skip(self, count: int) -> None:
         self.position += count
@@ -102,13 +107,13 @@ class _CompactReader:
         return self._data[self.position - 1]
 
     def _varint(self) -> int:
-        value, shift = 0, 0
-        while True:
+        value = 0
+        for shift in range(0, 64, 7):
             byte = self._byte()
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
-            shift += 7
+        raise IndexError("an integer of more than 64 bits")
 
     def _zigzag(self) -> int:
         value = self._varint()

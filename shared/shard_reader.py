@@ -239,9 +239,12 @@ def _check_schema(path: Path, metadata: pq.FileMetaData) -> int:
         raise UserError(
             f"shard {path}: format version {version}, this reader knows {FORMAT_VERSION}; update parquetry"
         )
+    if METADATA_FINGERPRINT not in entries:
+        raise UserError(f"shard {path}: has no fingerprint; it was not written by preprocess")
     schema = metadata.schema.to_arrow_schema()
     position = schema.get_field_index("tokens")
-    width = schema.field(position).type.byte_width if position >= 0 else 4
+    kind = schema.field(position).type if position >= 0 else pa.null()
+    width = kind.byte_width if pa.types.is_fixed_size_binary(kind) else 4
     expected = shard_schema(width // 4)
     if schema.names != expected.names:
         raise UserError(f"shard {path}: columns are {schema.names}, expected {expected.names}")
