@@ -1,0 +1,96 @@
+"""Files that are complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from shared.files import (
+    atomic_path,
+    canonical_json,
+    file_checksum,
+    read_json,
+    remove_temporaries,
+    sha256,
+    write_json,
+)
+
+
+def test_a_finished_file_stands_under_its_name_and_no_temporary_is_left(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "on" / "the way.txt"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == target.parent, "a rename across file systems is a copy"
+        temporary.write_text("all of it")
+        assert not target.exists()
+    assert target.read_text() == "all of it"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="half way"), atomic_path(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("half way")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exception_leaves_the_older_file_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_write_two_temporaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with atomic_path(tmp_path / "file") as first:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with atomic_path(tmp_path / "file") as second:
+            assert first != second
+            first.write_text("first")
+            second.write_text("second")
+    assert (tmp_path / "file").read_text() == "first", "the last rename wins, whole"
+
+
+def test_remove_temporaries_takes_what_a_killed_attempt_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    kept, left = tmp_path / "shards" / "a.parquet", tmp_path / "shards" / "b.parquet"
+    kept.write_text("kept")
+    # The name that a killed attempt leaves is the one that atomic_path gives.
+    context = atomic_path(left)
+    context.__enter__().write_text("half")
+    assert len(list(kept.parent.iterdir())) == 2
+    remove_temporaries(tmp_path)
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None, True], "a": 'é "quoted"\n日本'}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json") == value
+    assert "日本" in (tmp_path / "value.json").read_text(encoding="utf-8")
+
+
+def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
+    assert canonical_json({"b": 1, "a": [1, 2]}) == canonical_json({"a": [1, 2], "b": 1})
+    assert canonical_json({"b": 1, "a": "é"}) == '{"a":"é","b":1}'.encode()
+
+
+def test_checksums_equal_the_libraries_own_over_the_whole_bytes(tmp_path: Path) -> None:
+    data = os.urandom(1 << 20) * 17  # 17 MiB: more than the block that is read at once
+    (tmp_path / "file").write_bytes(data)
+    assert file_checksum(tmp_path / "file") == xxhash.xxh3_64(data).hexdigest()
+    assert sha256(b"ab", b"", b"c") == hashlib.sha256(b"abc").hexdigest()
