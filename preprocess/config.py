@@ -116,6 +116,8 @@ class PreprocessConfig:
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not self.sources:
             raise ValueError("no source; add a table [sources.NAME] with its paths")
         if self.geometry.max_patches_per_image > self.budget.L:

@@ -89,7 +89,12 @@ class Job:
             "rules": rules,
             **{key: config[key] for key in ("budget", "plan", "cost", "seed", "codec")},
         }
-        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"output {self.output}: cannot be made ({error.strerror}); choose another"
+            ) from None
         remove_temporaries(self.output)
         self._claim("index", scan, ("index", "plan", "shards"))
         self._claim("plan", plan, ("plan", "shards"))
@@ -154,6 +159,7 @@ class Job:
             )
             for shard in shards
             if not (self.output / "shards" / shard["name"]).exists()
+            or not self._result_path(shard["name"]).exists()
         ]
         _run(executor, pack_shard, tasks, label="pack", total=len(shards))
 
@@ -211,14 +217,9 @@ class Job:
     def _result_path(self, shard: str) -> Path:
         return self.output / "plan" / f"{shard.removesuffix('.parquet')}.result.json"
 
-    def _changed(self, step: str, identity: dict[str, Any]) -> bool:
-        path = self.output / step / "identity.json"
-        return path.exists() and read_json(path) != identity
-
     def _claim(self, step: str, identity: dict[str, Any], stale: Sequence[str]) -> None:
         """Make the directory of a step this run's own."""
-        if self._changed(step, identity):
-            changed = _difference(read_json(self.output / step / "identity.json"), identity)
+        if changed := self._changed(step, identity):
             if self.config.on_change == "refuse":
                 raise UserError(
                     f"{self.output}: holds a run with other settings or inputs ({changed}); choose another output, "
@@ -228,6 +229,15 @@ class Job:
             for name in stale:
                 shutil.rmtree(self.output / name, ignore_errors=True)
         write_json(self.output / step / "identity.json", identity)
+
+    def _changed(self, step: str, identity: dict[str, Any]) -> str:
+        """What differs from the run whose work lies in the directory of a step; "" when nothing does."""
+        path = self.output / step / "identity.json"
+        if path.exists():
+            before = read_json(path)
+            return _difference(before, identity) if before != identity else ""
+        # Work that nobody claims: its removal was cut short.
+        return f"{step}/identity.json is gone" if path.parent.is_dir() and any(path.parent.iterdir()) else ""
 
     def _check_account(self, name: str, account: SourceAccount) -> None:
         if fault := account.imbalance():

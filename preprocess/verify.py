@@ -5,6 +5,7 @@ Nothing here trusts the code that wrote the shards; each statement of the format
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,30 +28,54 @@ def verify_dataset(path: Path) -> tuple[dict[str, int], list[str]]:
     """
     dataset = open_dataset(path)
     counts = {"shards": 0, "packs": 0, "documents": 0, "images": 0, "bytes": 0}
+    by_source: Counter[str] = Counter()
     faults: list[str] = []
     for shard in dataset.shards:
         counts["shards"] += 1
         counts["bytes"] += shard.bytes
-        faults += [f"{shard.name}: {fault}" for fault in _verify_shard(dataset, shard, counts)]
-    faults += [f"account of {name}: {fault}" for name, fault in _account_faults(dataset.manifest["account"])]
+        faults += [f"{shard.name}: {fault}" for fault in _verify_shard(dataset, shard, counts, by_source)]
+    try:
+        faults += _total_faults(dataset.manifest["totals"], counts)
+        faults += _account_faults(dataset.manifest["account"], by_source)
+    except (KeyError, TypeError, AttributeError) as error:
+        faults.append(f"totals or account in dataset.json are not valid: {error!r}")
     return counts, faults
 
 
-def _verify_shard(dataset: DataSet, shard: ShardEntry, counts: dict[str, int]) -> Iterator[str]:
+def _verify_shard(
+    dataset: DataSet, shard: ShardEntry, counts: dict[str, int], by_source: Counter[str]
+) -> Iterator[str]:
     path = dataset.path / "shards" / shard.name
-    try:
-        reader = dataset.reader(shard)
-    except UserError as error:
-        yield str(error)
+    damaged = True
+    if not path.is_file():
+        yield "is missing"
         return
     if path.stat().st_size != shard.bytes:
         yield f"{path.stat().st_size} bytes, dataset.json says {shard.bytes}"
     elif (found := file_checksum(path)) != shard.checksum:
         yield f"file checksum {found}, dataset.json says {shard.checksum}"
+    else:
+        damaged = False
+    try:
+        yield from _verify_packs(dataset, shard, counts, by_source)
+    except UserError as error:
+        yield str(error)
+    except Exception as error:
+        # A file that is not what was written may fail anywhere in Arrow; one that is, only by a defect here.
+        if not damaged:
+            raise
+        yield f"cannot be read: {type(error).__name__}: {error}"
+
+
+def _verify_packs(
+    dataset: DataSet, shard: ShardEntry, counts: dict[str, int], by_source: Counter[str]
+) -> Iterator[str]:
+    reader = dataset.reader(shard)
     for row in range(len(reader)):
         pack, documents = reader.pack(row), reader.documents(row)
         counts["packs"] += 1
         counts["documents"] += len(documents)
+        by_source.update(document.source for document in documents)
         counts["images"] += len(pack.images)
         if damage := reader.damage(row):
             yield f"pack {row}: {damage}"
@@ -136,11 +161,21 @@ def _placeholder_faults(pack: Pack, num_tokens: npt.NDArray[np.int64], ids: Toke
         yield "image tokens are not where the images column says"
 
 
-def _account_faults(account: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _total_faults(totals: dict[str, int], counts: dict[str, int]) -> Iterator[str]:
+    for name in ("packs", "documents", "images", "bytes"):
+        if totals[name] != counts[name]:
+            yield f"total of {name}: dataset.json says {totals[name]}, the shards hold {counts[name]}"
+
+
+def _account_faults(account: dict[str, Any], by_source: Counter[str]) -> Iterator[str]:
     for name, line in account.items():
         accounted = line["packed"] + line["split_parts"] + sum(line["rejected"].values())
         if line["read"] != accounted:
-            yield name, f"{line['read']} samples read, {accounted} accounted for"
+            yield f"account of {name}: {line['read']} samples read, {accounted} accounted for"
         parts = line["parts"]
         if parts["made"] != parts["packed"] + sum(parts["rejected"].values()):
-            yield name, "the parts of cut samples do not add up"
+            yield f"account of {name}: the parts of cut samples do not add up"
+        if (packed := line["packed"] + parts["packed"]) != by_source[name]:
+            yield f"account of {name}: {packed} samples and parts packed, the shards hold {by_source[name]}"
+    for name in by_source.keys() - account.keys():
+        yield f"account of {name}: missing, but the shards hold {by_source[name]} of its samples"
