@@ -1,0 +1,342 @@
+"""The job: resumes without doing anything twice, refuses what does not fit, and says so in one line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocess import pack as pack_module
+from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig, SourceConfig
+from preprocess.executor import SerialExecutor
+from preprocess.job import Job, run_job
+from preprocess.verify import verify_dataset
+from shared.config import load_config
+from shared.errors import UserError
+from shared.files import read_json, write_json
+from shared.geometry import Budget
+from shared.tokens import TokenNames
+from tests.preprocess.inputs import (
+    GEOMETRY,
+    captioned,
+    make_config,
+    mixed_samples,
+    png,
+    write_samples,
+    write_tar,
+)
+
+State = dict[str, tuple[bytes, int]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> PreprocessConfig:
+    directory = tmp_path_factory.mktemp("finished")
+    paths = [write_samples(directory / f"{n}.tar", mixed_samples(20, n, prefix=f"{n}-")) for n in range(3)]
+    config = make_config(directory, *paths, plan=PlanConfig(shard_bytes=8192, validation_fraction=0.1))
+    run_job(config)
+    return config
+
+
+@pytest.fixture
+def config(finished: PreprocessConfig, tmp_path: Path) -> PreprocessConfig:
+    """A finished run whose output is a copy that the test may spoil."""
+    shutil.copytree(finished.output, tmp_path / "out")
+    return replace(finished, output=str(tmp_path / "out"))
+
+
+def state(config: PreprocessConfig) -> State:
+    """Content and time of every file."""
+    output = Path(config.output)
+    return {
+        str(path.relative_to(output)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(output.rglob("*"))
+        if path.is_file()
+    }
+
+
+def contents(files: State) -> dict[str, bytes]:
+    return {name: content for name, (content, _) in files.items() if name != "config.toml"}
+
+
+def changed(before: State, after: State) -> set[str]:
+    """Files of the passes, that is not those of the last step, that were written again."""
+    names = [name for name in after if name.split("/")[0] in ("index", "plan", "shards")]
+    names = [name for name in names if not name.endswith("identity.json")]
+    return {name for name in names if before.get(name) != after[name]}
+
+
+def test_a_finished_run_started_again_does_nothing_but_the_last_step(config: PreprocessConfig) -> None:
+    before = state(config)
+    run_job(config)
+    after = state(config)
+    assert changed(before, after) == set()
+    assert contents(after) == contents(before)
+
+
+def test_a_lost_dataset_json_comes_back_the_same_without_redoing_a_pass(config: PreprocessConfig) -> None:
+    before = state(config)
+    for name in ("dataset.json", "rejects.parquet", "report/stats.json", "tokenizer/tokenizer.json"):
+        (Path(config.output) / name).unlink()
+    run_job(config)
+    after = state(config)
+    assert changed(before, after) == set()
+    assert contents(after) == contents(before)
+
+
+@pytest.mark.parametrize(
+    ("lost", "redone"),
+    [
+        (["shards/train-00001.parquet"], {"shards/train-00001.parquet", "plan/train-00001.result.json"}),
+        (["plan/train-00001.result.json"], {"shards/train-00001.parquet", "plan/train-00001.result.json"}),
+        (["index/web/000001.parquet"], {"index/web/000001.parquet"}),
+        (["plan/plan.json"], None),  # the plan is written again: other times, same bytes
+    ],
+)
+def test_a_lost_file_is_made_again_byte_for_byte_and_alone(
+    config: PreprocessConfig, lost: list[str], redone: set[str] | None
+) -> None:
+    before = state(config)
+    for name in lost:
+        (Path(config.output) / name).unlink()
+    run_job(config)
+    after = state(config)
+    assert contents(after) == contents(before)
+    if redone is not None:
+        assert changed(before, after) == redone
+    else:
+        assert not any(name.startswith(("shards/", "index/")) for name in changed(before, after))
+
+
+def test_a_job_killed_half_way_goes_on_where_it_stopped(config: PreprocessConfig) -> None:
+    before = state(config)
+    output = Path(config.output)
+    shards = sorted((output / "shards").iterdir())
+    assert len(shards) > 4
+    lost = shards[2:]
+    for path in lost:
+        path.unlink()
+        (output / "plan" / f"{path.stem}.result.json").unlink()
+    # What a killed worker and a killed last step leave behind.
+    (output / "dataset.json").unlink()
+    for name in ("shards/train-00002.parquet.4711.tmp", "dataset.json.4711.tmp", "index/web/x.parquet.9.tmp"):
+        (output / name).write_bytes(b"half")
+    run_job(config)
+    after = state(config)
+    assert contents(after) == contents(before)  # and no temporary file
+    redone = {f"shards/{p.name}" for p in lost} | {f"plan/{p.stem}.result.json" for p in lost}
+    assert changed(before, after) == redone
+    assert verify_dataset(output)[1] == []
+
+
+def test_a_job_that_fails_in_a_pass_leaves_no_data_set_and_resumes(
+    finished: PreprocessConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(finished, output=str(tmp_path / "out"))
+    whole, calls = pack_module.decode, []
+
+    def fail_later(data: bytes) -> Any:
+        calls.append(0)
+        if len(calls) > 25:
+            raise KeyboardInterrupt
+        return whole(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "decode", fail_later)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(config)
+    before = state(config)
+    assert "dataset.json" not in before and not any(name.endswith(".tmp") for name in before)
+    kept = {name for name in before if name.startswith("shards/")}
+    assert 1 <= len(kept)
+    run_job(config)
+    after = state(config)
+    assert not kept & changed(before, after)
+    assert contents(after) == contents(state(finished))
+
+
+CHANGES: list[tuple[str, Callable[[PreprocessConfig], PreprocessConfig], str]] = [
+    ("seed", lambda c: replace(c, seed=1), "seed: 0, now 1"),
+    ("S", lambda c: replace(c, budget=Budget(S=65, N=2, L=32)), "budget.S: 64, now 65"),
+    (
+        "merge",
+        lambda c: replace(c, geometry=replace(GEOMETRY, merge=1)),
+        "geometry.merge: 2, now 1",
+    ),
+    (
+        "caption",
+        lambda c: replace(c, sources={"web": replace(c.sources["web"], caption="json:text")}),
+        "sources.web.caption: 'txt', now 'json:text'",
+    ),
+    (
+        "cutting",
+        lambda c: replace(c, sources={"web": replace(c.sources["web"], too_long="reject")}),
+        "rules.web: 'split', now 'reject'",
+    ),
+    ("tokens", lambda c: replace(c, tokens=TokenNames(bos="none")), "tokens.bos: '', now 'none'"),
+    ("limits", lambda c: replace(c, limits=ImageLimits(max_pixels=9)), "limits.max_pixels: 100000000, now 9"),
+    ("plan", lambda c: replace(c, plan=replace(c.plan, window=9)), "plan.window: 65536, now 9"),
+    (
+        "inputs",
+        lambda c: replace(c, sources={"web": replace(c.sources["web"], paths=c.sources["web"].paths[:2])}),
+        "inputs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), [pytest.param(c, n, id=i) for i, c, n in CHANGES])
+def test_a_changed_setting_is_refused_by_name_and_nothing_is_touched(
+    config: PreprocessConfig, change: Callable[[PreprocessConfig], PreprocessConfig], named: str
+) -> None:
+    before = state(config)
+    with pytest.raises(UserError, match="holds a run with other settings or inputs") as caught:
+        run_job(change(config))
+    assert f"({named})" in str(caught.value) and "--on_change rebuild" in str(caught.value)
+    assert {n: f for n, f in state(config).items() if not n.endswith("identity.json")} == {
+        n: f for n, f in before.items() if not n.endswith("identity.json")
+    }
+    run_job(config)  # the old settings still fit
+
+
+@pytest.mark.parametrize("change", [pytest.param(c, id=i) for i, c, _ in CHANGES if i != "caption"])
+def test_rebuild_throws_the_old_work_away_and_equals_a_fresh_run(
+    config: PreprocessConfig, change: Callable[[PreprocessConfig], PreprocessConfig], tmp_path: Path
+) -> None:
+    run_job(replace(change(config), on_change="rebuild"))
+    fresh = replace(change(config), output=str(tmp_path / "fresh"))
+    run_job(fresh)
+    assert contents(state(config)) == contents(state(fresh))
+
+
+def test_a_change_of_the_plan_alone_keeps_the_index(config: PreprocessConfig) -> None:
+    before = state(config)
+    run_job(replace(config, seed=3, on_change="rebuild"))
+    redone = changed(before, state(config))
+    assert redone and not any(name.startswith("index/") for name in redone)
+
+
+def test_settings_that_change_no_byte_are_not_refused(config: PreprocessConfig) -> None:
+    before = state(config)
+    source = replace(config.sources["web"], max_reject_rate=0.5)
+    other = replace(config, sources={"web": source}, executor=replace(config.executor, retries=7))
+    run_job(other)
+    assert changed(before, state(config)) == set()
+
+
+def test_an_input_that_grew_or_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = write_samples(tmp_path / "a.tar", mixed_samples(5))
+    config = make_config(tmp_path, path)
+    run_job(config)
+    with open(path, "ab") as file:
+        file.write(b"\0" * 512)
+    with pytest.raises(UserError, match="inputs"):
+        run_job(config)
+    write_samples(path, mixed_samples(5))
+    tokenizer = Path(config.tokenizer) / "tokenizer_config.json"
+    write_json(tokenizer, {**read_json(tokenizer), "note": "another file"})
+    with pytest.raises(UserError, match="tokenizer_sha256"):
+        run_job(config)
+
+
+def test_work_whose_identity_is_gone_is_not_taken_for_this_run_s(config: PreprocessConfig) -> None:
+    # A rebuild killed while it removed the index: the identity may go first.
+    (Path(config.output) / "index" / "identity.json").unlink()
+    with pytest.raises(UserError, match=r"index/identity.json is gone"):
+        run_job(config)
+    before = contents(state(config))
+    run_job(replace(config, on_change="rebuild"))
+    assert contents(state(config)) == {
+        **before,
+        "index/identity.json": contents(state(config))["index/identity.json"],
+    }
+
+
+def test_an_output_that_cannot_be_a_directory_is_refused(finished: PreprocessConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"output {tmp_path}/{name}: cannot be made"):
+            run_job(replace(finished, output=str(tmp_path / name)))
+
+
+def rate_config(directory: Path, bad: bytes, count: int, total: int, limit: float) -> PreprocessConfig:
+    members = [
+        member
+        for n in range(total)
+        for member in captioned(f"{n:03d}", bad if n < count else png(8, 8), "caption")
+    ]
+    return make_config(directory, write_tar(directory / "a.tar", members), source={"max_reject_rate": limit})
+
+
+@pytest.mark.parametrize(
+    ("bad", "step", "reason"),
+    [(b"<html>", "scan", "image_unreadable"), (png(8, 8)[:-40], "job", "image_corrupt")],
+)
+def test_too_many_rejects_stop_the_job_with_one_line_and_no_data_set(
+    tmp_path: Path, bad: bytes, step: str, reason: str
+) -> None:
+    # 3 of 30 is 0.1: allowed at 0.1, above 0.09.
+    with pytest.raises(UserError) as caught:
+        run_job(rate_config(tmp_path / "strict", bad, 3, 30, 0.09))
+    assert str(caught.value) == (
+        f"source 'web': 3 of 30 samples rejected in the {step} ({reason} 3), above max_reject_rate 0.09; "
+        "look at the inputs, or raise sources.web.max_reject_rate"
+    )
+    assert not (tmp_path / "strict" / "out" / "dataset.json").exists()
+    stats = run_job(rate_config(tmp_path / "lax", bad, 3, 30, 0.1))
+    assert stats["account"]["web"]["rejected"] == {reason: 3}
+
+
+def test_a_raised_ceiling_goes_on_with_the_work_that_is_there(tmp_path: Path) -> None:
+    config = rate_config(tmp_path, png(8, 8)[:-40], 3, 30, 0.0)
+    with pytest.raises(UserError, match=r"above max_reject_rate 0\.0;"):
+        run_job(config)
+    before = state(config)
+    run_job(replace(config, sources={"web": replace(config.sources["web"], max_reject_rate=0.2)}))
+    assert changed(before, state(config)) == set()
+
+
+def test_a_rate_over_few_samples_stops_nothing(tmp_path: Path) -> None:
+    stats = run_job(rate_config(tmp_path, b"", 10, 19, 0.0))
+    assert stats["account"]["web"]["packed"] == 9
+
+
+def test_sources_without_a_sample_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the sources hold no sample; check their paths"):
+        run_job(make_config(tmp_path, write_tar(tmp_path / "a.tar", [])))
+
+
+def test_equal_keys_of_two_sources_and_two_files_are_different_samples(tmp_path: Path) -> None:
+    tars = [write_samples(tmp_path / f"{n}.tar", mixed_samples(10)) for n in range(3)]
+    config = make_config(tmp_path, tars[0])
+    sources = {
+        "one": SourceConfig(paths=(str(tars[0]), str(tars[1]))),
+        "two": SourceConfig(paths=(str(tars[2]),)),
+    }
+    account = run_job(replace(config, sources=sources))["account"]
+    assert [(account[n]["read"], account[n]["packed"]) for n in ("one", "two")] == [(20, 20), (10, 10)]
+    assert verify_dataset(Path(config.output))[1] == []
+
+
+def test_the_config_saved_beside_the_output_loads_back_equal(finished: PreprocessConfig) -> None:
+    assert load_config(PreprocessConfig, Path(finished.output) / "config.toml") == finished
+
+
+def test_the_passes_one_by_one_give_the_same_as_the_whole_job(
+    finished: PreprocessConfig, tmp_path: Path
+) -> None:
+    config = replace(finished, output=str(tmp_path / "out"))
+    for step in ("scan", "plan", "pack", "finish"):
+        job = Job(config)
+        job.prepare()
+        arguments = [SerialExecutor(0)] if step in ("scan", "pack") else []
+        getattr(job, step)(*arguments)
+    assert contents(state(config)) == contents(state(finished))
+
+
+def test_a_negative_seed_is_refused_with_its_value(finished: PreprocessConfig) -> None:
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        replace(finished, seed=-1)
