@@ -68,6 +68,16 @@ def resized(pixels: Pixels, height: int, width: int, mode: str) -> Pixels:
     )
 
 
+def pillow_resized(pixels: Pixels, height: int, width: int, name: str) -> npt.NDArray[np.int64]:
+    """Pillow's result, the width first and then the height, as torch does.
+
+    Left to itself, Pillow takes the order that costs less. The first pass rounds, and clips what bicubic overshoots.
+    """
+    kind = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[name]
+    picture = Image.fromarray(pixels).resize((width, pixels.shape[0]), kind).resize((width, height), kind)
+    return np.asarray(picture).astype(np.int64)
+
+
 def patches_of(pixels: Pixels, geometry: Geometry) -> Pixels:
     """uint8 [h * w, P]: cell by cell, inside a cell patch by patch, the picture repeated for every frame."""
     p, m = geometry.patch_size, geometry.merge

@@ -9,7 +9,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +19,7 @@ from preprocess.config import ImageLimits
 from preprocess.images import Header, ImageError, decode, read_header, resize
 from shared.geometry import Geometry
 from tests.preprocess.inputs import encode, noise, png
+from tests.preprocess.reference import pillow_resized
 
 # What damaged files make Pillow say beside.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -361,15 +361,7 @@ def test_a_damaged_picture_is_rejected_or_decoded_whole_and_never_fails_otherwis
                 pass
 
 
-def pillow_resize(pixels: npt.NDArray[np.uint8], height: int, width: int, name: str) -> npt.NDArray[np.int64]:
-    """Pillow's result, the width first and then the height: it may choose, and bicubic clips in between."""
-    kind = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[name]
-    picture = Image.fromarray(pixels).resize((width, pixels.shape[0]), kind).resize((width, height), kind)
-    return np.asarray(picture).astype(np.int64)
-
-
-# Bicubic weights have an absolute sum of up to 1.3, so one level of the first pass can become two.
-@pytest.mark.parametrize(("name", "levels"), [("bilinear", 1), ("bicubic", 2)])
+@pytest.mark.parametrize("name", ["bilinear", "bicubic"])
 @settings(max_examples=60, deadline=None)
 @given(
     height=st.integers(1, 90),
@@ -378,14 +370,22 @@ def pillow_resize(pixels: npt.NDArray[np.uint8], height: int, width: int, name: 
     w=st.integers(1, 6),
     seed=st.integers(0, 9),
 )
-def test_a_resize_is_of_exact_size_and_within_a_level_or_two_of_pillow(
-    name: str, levels: int, height: int, width: int, h: int, w: int, seed: int
+def test_a_resize_is_of_exact_size_and_within_a_level_of_pillow(
+    name: str, height: int, width: int, h: int, w: int, seed: int
 ) -> None:
     geometry = Geometry(patch_size=8, merge=1, filter=name)  # type: ignore[arg-type]  # a Literal
     pixels = noise(seed, height, width)
     found = resize(pixels, h, w, geometry)
     assert found.shape == (8 * h, 8 * w, 3) and found.dtype == np.uint8
-    assert np.abs(found - pillow_resize(pixels, 8 * h, 8 * w, name)).max() <= levels
+    levels = np.abs(found - pillow_resized(pixels, 8 * h, 8 * w, name))
+    # Each of the two passes may round the other way: one level, and two where both do.
+    assert levels.max() <= 2 and (levels == 2).mean() <= 0.01
+    if (
+        name == "bilinear"
+    ):  # no overshoot, so that nothing is clipped between the passes: half a level for each
+        planes = torch.tensor(pixels.transpose(2, 0, 1).copy()).double()[None]
+        exact = torch.nn.functional.interpolate(planes, size=(8 * h, 8 * w), mode=name, antialias=True)
+        assert np.abs(found - exact[0].permute(1, 2, 0).numpy()).max() < 1.05
 
 
 @pytest.mark.parametrize("name", ["bilinear", "bicubic"])
