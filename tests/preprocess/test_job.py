@@ -180,6 +180,11 @@ CHANGES: list[tuple[str, Callable[[PreprocessConfig], PreprocessConfig], str]] =
     ("tokens", lambda c: replace(c, tokens=TokenNames(bos="none")), "tokens.bos: '', now 'none'"),
     ("limits", lambda c: replace(c, limits=ImageLimits(max_pixels=9)), "limits.max_pixels: 100000000, now 9"),
     ("plan", lambda c: replace(c, plan=replace(c.plan, window=9)), "plan.window: 65536, now 9"),
+    (  # fewer shards than before: none of the old ones may stay
+        "shards",
+        lambda c: replace(c, plan=replace(c.plan, shard_bytes=1 << 20)),
+        "plan.shard_bytes: 8192, now 1048576",
+    ),
     (
         "inputs",
         lambda c: replace(c, sources={"web": replace(c.sources["web"], paths=c.sources["web"].paths[:2])}),

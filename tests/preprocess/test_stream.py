@@ -86,6 +86,12 @@ def test_a_tokenizer_without_a_begin_token_starts_with_the_first_segment() -> No
         ),
         # bos + 5 text + 4 of image + eos = 11: the image would end at 10 > S, so it goes to the next part.
         pytest.param([text(5), image(2, 4)], [Part(0, 6, 0, 0), Part(6, 11, 0, 1)], id="before an image"),
+        # bos + 6 of images, 8 of text, 3 of image, eos = 19: parts of 7; behind a cut all rows are free again.
+        pytest.param(
+            [image(2, 2), image(2, 2), text(8), image(2, 2)],
+            [Part(0, 7, 0, 2), Part(7, 14, 2, 2), Part(14, 19, 2, 3)],
+            id="rows are free behind a cut",
+        ),
         # Three rows for N = 2: a part of two images, then the third.
         pytest.param(
             [image(2, 2)] * 2 + [image(2, 2)], [Part(0, 7, 0, 2), Part(7, 11, 2, 3)], id="rows run out"

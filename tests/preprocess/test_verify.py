@@ -244,6 +244,11 @@ def image_field(name: str, value: Any) -> Spoil:
     return spoil
 
 
+def end_of_first_image(pack: Pack, documents: list[Document]) -> int:
+    image = pack.images[0]
+    return int(image["token_start"] + image["h"] * image["w"] // 4)
+
+
 NEXT_TOKEN = "a label is not the next token of its document"
 PLACES = "image tokens are not where the images column says"
 
@@ -293,6 +298,11 @@ PLACES = "image tokens are not where the images column says"
         ),
         pytest.param(
             image_field("token_start", 70), "is not between its begin and end token", id="beyond the pack"
+        ),
+        pytest.param(
+            set_at("tokens_S", end_of_first_image, ord("a")),
+            "is not between its begin and end token",
+            id="no end token",
         ),
         pytest.param(image_field("row", 2), "an image lies outside the N = 2 vision rows", id="row 2 of 2"),
         pytest.param(image_field("row", -1), "an image lies outside the N = 2 vision rows", id="row -1"),

@@ -128,6 +128,12 @@ def test_a_key_that_comes_twice_is_used_once_and_counted_once(tmp_path: Path) ->
     assert reasons(entries) == [("a", "duplicate_key")]
 
 
+def test_two_pictures_that_differ_in_the_case_of_their_extension_are_a_duplicate(tmp_path: Path) -> None:
+    entries = scan(write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.JPG", b"2"), ("a.txt", b"x")]))
+    assert reasons(entries) == [("a", "duplicate_key")]
+    assert isinstance(entries[0], RawSample) and entries[0].segments[0].content == b"1"
+
+
 def test_hidden_files_folders_and_links_are_not_members(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
