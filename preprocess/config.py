@@ -78,22 +78,22 @@ class CostConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExecutorConfig:
-    """How the steps run. None of it changes a byte of the result."""
+class RayConfig:
+    """Where the steps run. None of it changes a byte of the result."""
 
-    kind: Literal["ray", "serial"] = "ray"
     # Address of a running cluster; empty starts a local one for the time of the job.
     address: str = ""
     # Processes of the local cluster; 0 takes every core.
     workers: int = 0
-    # A unit is tried again when its worker dies or its file cannot be read.
-    retries: int = 3
     # Units scheduled beyond the running ones, per worker: enough to hide scheduling, few enough to stop fast.
     queued_per_worker: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.workers, self.retries) < 0 or self.queued_per_worker < 1:
-            raise ValueError("workers and retries must be at least 0, queued_per_worker at least 1")
+        if self.workers < 0 or self.queued_per_worker < 1:
+            raise ValueError(
+                f"workers must be at least 0 (0: every core) and queued_per_worker at least 1, "
+                f"got {self.workers} and {self.queued_per_worker}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +106,9 @@ class PreprocessConfig:
     budget: Budget
     seed: int = 0
     codec: Literal["raw"] = "raw"
+    executor: Literal["ray", "serial"] = "ray"
+    # A unit is tried again this often when its worker dies or a file cannot be read for a moment.
+    retries: int = 3
     # When an earlier run in `output` had other settings or inputs: stop, or throw its work away.
     on_change: Literal["refuse", "rebuild"] = "refuse"
     geometry: Geometry = field(default_factory=Geometry)
@@ -113,11 +116,13 @@ class PreprocessConfig:
     limits: ImageLimits = field(default_factory=ImageLimits)
     plan: PlanConfig = field(default_factory=PlanConfig)
     cost: CostConfig = field(default_factory=CostConfig)
-    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be at least 0, got {self.retries}")
         if not self.sources:
             raise ValueError("no source; add a table [sources.NAME] with its paths")
         if self.geometry.max_patches_per_image > self.budget.L:

@@ -30,6 +30,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # Pillow's pixels are read-only and nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
+# Raster formats of the web. Others Pillow knows run programs (EPS starts Ghostscript) or are not pictures.
+Image.init()
+_FORMATS = tuple(
+    name
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+    if name in Image.OPEN
+)
+
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,7 +76,7 @@ def read_header(data: bytes, *, max_pixels: int, max_bytes: int) -> Header:
     if len(data) > max_bytes:
         raise ImageError("image_too_many_bytes", f"{len(data)} bytes, limit {max_bytes}")
     with _reject_as("image_unreadable", data):
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         turned = _orientation(picture, data) >= 5
     width, height = picture.size
     if width < 1 or height < 1:
@@ -85,7 +93,7 @@ def decode(data: bytes) -> npt.NDArray[np.uint8]:
         ImageError: the pixels cannot be decoded, all of them.
     """
     with _reject_as("image_unreadable", data):
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         orientation = _orientation(picture, data)
     with _reject_as("image_corrupt", data):
         rgb = _to_rgb(picture)

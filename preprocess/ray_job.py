@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from preprocess.config import ExecutorConfig
+from preprocess.config import RayConfig
 
 # Before ray is imported: no usage statistics, and no override of what devices a worker sees.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,8 +30,9 @@ class RayExecutor:
 
     name = "ray"
 
-    def __init__(self, config: ExecutorConfig) -> None:
+    def __init__(self, config: RayConfig, retries: int) -> None:
         self._config = config
+        self._retries = retries
         local: dict[str, Any] = {"num_cpus": config.workers or None, "include_dashboard": False}
         ray.init(
             address=config.address or "local",
@@ -45,7 +46,7 @@ class RayExecutor:
         """Results in order of completion. OSErrors and lost workers are retried, everything else is raised."""
         remote = ray.remote(function).options(
             num_cpus=1,
-            max_retries=self._config.retries,
+            max_retries=self._retries,
             retry_exceptions=[OSError],
         )
         workers = max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -46,9 +46,9 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def remove_temporaries(directory: Path) -> None:
+def remove_temporaries(directory: Path, pattern: str = "**/*") -> None:
     """Remove what killed attempts left behind. Only for a directory that nobody else is writing to."""
-    for path in directory.rglob(f"*{TEMPORARY}"):
+    for path in directory.glob(f"{pattern}{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
 

@@ -51,7 +51,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = [sys.executable, "-m", "preprocess"]
     for words in (
         [*python, "synthesize", "demo/raw"],
-        [*python, "run", "configs/preprocess/demo.toml", "--executor.kind", "serial"],
+        [*python, "run", "configs/preprocess/demo.toml", "--executor", "serial"],
     ):
         done = run(words, directory)
         assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_commands_of_the_readme_run_in_their_order(demo: Path, shared_data: Path
         elif words[0] == "python":
             words = [sys.executable, *words[1:]]
         if words[2:4] == ["preprocess", "run"]:
-            words += ["--executor.workers", "1"]
+            words += ["--ray.workers", "1"]
         done = run(words, demo)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip(), command

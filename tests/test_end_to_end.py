@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from preprocess.config import ExecutorConfig, PlanConfig, PreprocessConfig, SourceConfig
+from preprocess.config import PlanConfig, PreprocessConfig, SourceConfig
 from preprocess.job import run_job
 from preprocess.synthetic import train_tokenizer, write_shapes
 from shared.dataset import DataSet, open_dataset
@@ -42,7 +42,7 @@ def dataset(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
             budget=BUDGET,
             geometry=Geometry(patch_size=P_SIDE, merge=MERGE, max_patches_per_image=64),
             plan=PlanConfig(shard_bytes=1 << 20, validation_fraction=0.2),
-            executor=ExecutorConfig(kind="serial"),
+            executor="serial",
         )
     )
     return open_dataset(output)

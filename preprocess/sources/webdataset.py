@@ -111,6 +111,7 @@ def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
 
     Raises:
         UserError: the file is not a plain tar at all.
+        OSError: it cannot be read now; the executor tries again.
     """
     groups: dict[str, _Group] = {}
     repeats: list[_Group] = []
@@ -125,15 +126,13 @@ def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
                         return [*groups.values(), *repeats], f"{member.name} is cut off at byte {size}"
                     _add_member(groups, repeats, member)
                 damage = _what_follows(unit, tar.offset)
-            except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            except (tarfile.TarError, ValueError, EOFError) as error:
                 damage = f"{type(error).__name__}: {error}"
     except tarfile.TarError as error:
         raise UserError(
             f"source {name!r}: {unit}: not a readable tar ({error}); compressed tars cannot be read by offset, "
             f"unpack them, or take the file out of sources.{name}.paths"
         ) from None
-    except OSError as error:
-        raise UserError(f"source {name!r}: {unit}: {error.strerror}; check sources.{name}.paths") from None
     return [*groups.values(), *repeats], damage
 
 

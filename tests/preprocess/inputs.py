@@ -17,14 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from preprocess.config import ExecutorConfig, PlanConfig, PreprocessConfig, SourceConfig
+from preprocess.config import PlanConfig, PreprocessConfig, SourceConfig
 from preprocess.synthetic import train_tokenizer
 from shared.geometry import Budget, Geometry
 
 # Cells of 8 pixels a side, 2 x 2 patches of 4 pixels: one visual token each.
 GEOMETRY = Geometry(patch_size=4, merge=2, max_patches_per_image=16)
 BUDGET = Budget(S=64, N=2, L=32)
-SERIAL = ExecutorConfig(kind="serial")
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -91,7 +90,7 @@ def make_config(directory: Path, *paths: Path, **changes: Any) -> PreprocessConf
         "sources": {"web": SourceConfig(**source)},
         "budget": BUDGET,
         "geometry": GEOMETRY,
-        "executor": SERIAL,
+        "executor": "serial",
         "plan": PlanConfig(shard_bytes=8192),
     }
     return PreprocessConfig(**{**settings, **changes})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.config import ExecutorConfig, PlanConfig, PreprocessConfig
+from preprocess.config import PlanConfig, PreprocessConfig, RayConfig
 from preprocess.executor import Executor, SerialExecutor
 from preprocess.job import Job, run_job
 from preprocess.ray_job import RayExecutor
@@ -23,7 +23,7 @@ from tests.preprocess.inputs import captioned, make_config, mixed_samples, png, 
 
 @pytest.fixture(scope="module")
 def ray_executor() -> Iterator[Executor]:
-    executor = RayExecutor(ExecutorConfig(workers=2, retries=2, queued_per_worker=1))
+    executor = RayExecutor(RayConfig(workers=2, queued_per_worker=1), retries=2)
     yield executor
     executor.close()
 
@@ -111,7 +111,7 @@ def test_a_bad_tar_found_by_a_ray_worker_ends_the_command_with_one_line(tmp_path
     good = write_tar(tmp_path / "a.tar", captioned("a", png(8, 8), "x"))
     bad = tmp_path / "b.tar"
     bad.write_bytes(b"not a tar" * 100)
-    config = replace(make_config(tmp_path, good, bad), executor=ExecutorConfig(workers=1))
+    config = replace(make_config(tmp_path, good, bad), executor="ray", ray=RayConfig(workers=1))
     (tmp_path / "config.toml").write_text(to_toml(config))
     done = subprocess.run(
         [sys.executable, "-m", "preprocess", "run", str(tmp_path / "config.toml")],

@@ -178,7 +178,11 @@ CHANGES: list[tuple[str, Callable[[PreprocessConfig], PreprocessConfig], str]] =
         "rules.web: 'split', now 'reject'",
     ),
     ("tokens", lambda c: replace(c, tokens=TokenNames(bos="none")), "tokens.bos: '', now 'none'"),
-    ("limits", lambda c: replace(c, limits=ImageLimits(max_pixels=9)), "limits.max_pixels: 100000000, now 9"),
+    (
+        "limits",
+        lambda c: replace(c, limits=ImageLimits(max_pixels=1 << 20)),
+        "limits.max_pixels: 100000000, now 1048576",
+    ),
     ("plan", lambda c: replace(c, plan=replace(c.plan, window=9)), "plan.window: 65536, now 9"),
     (  # fewer shards than before: none of the old ones may stay
         "shards",
@@ -227,7 +231,7 @@ def test_a_change_of_the_plan_alone_keeps_the_index(config: PreprocessConfig) ->
 def test_settings_that_change_no_byte_are_not_refused(config: PreprocessConfig) -> None:
     before = state(config)
     source = replace(config.sources["web"], max_reject_rate=0.5)
-    other = replace(config, sources={"web": source}, executor=replace(config.executor, retries=7))
+    other = replace(config, sources={"web": source}, retries=7)
     run_job(other)
     assert changed(before, state(config)) == set()
 
@@ -345,3 +349,21 @@ def test_the_passes_one_by_one_give_the_same_as_the_whole_job(
 def test_a_negative_seed_is_refused_with_its_value(finished: PreprocessConfig) -> None:
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         replace(finished, seed=-1)
+
+
+def test_a_stranger_s_temporary_file_in_the_output_directory_is_left_alone(config: PreprocessConfig) -> None:
+    own = Path(config.output) / "notes.txt.tmp"
+    own.write_text("mine")
+    run_job(config)
+    assert own.read_text() == "mine"
+
+
+def test_a_job_that_rejects_everything_makes_no_data_set(finished: PreprocessConfig, tmp_path: Path) -> None:
+    sources = {name: replace(source, max_reject_rate=1.0) for name, source in finished.sources.items()}
+    limits = ImageLimits(max_pixels=9)
+    config = replace(finished, output=str(tmp_path / "out"), sources=sources, limits=limits)
+    with pytest.raises(
+        UserError, match=r"no sample is left to pack, all were rejected \(image_too_many_pixels\)"
+    ):
+        run_job(config)
+    assert not (tmp_path / "out" / "dataset.json").exists()

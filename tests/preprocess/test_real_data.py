@@ -46,7 +46,7 @@ def samples(tars: list[Path]) -> dict[tuple[str, str], Segments]:
 @pytest.fixture(scope="module")
 def dataset(shared_data: Path, tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("real") / "dataset"
-    words = ["run", str(CONFIG), "--output", str(output), "--executor.kind", "serial"]
+    words = ["run", str(CONFIG), "--output", str(output), "--executor", "serial"]
     words += ["--tokenizer", str(shared_data / "tokenizer-bpe8k")]
     words += ["--sources.captions.paths", *map(str, tars)]
     assert main(words) == 0

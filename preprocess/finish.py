@@ -1,0 +1,137 @@
+"""The end of a job: settle the account, then write rejects, tokenizer, report and, last, dataset.json."""
+
+from __future__ import annotations
+
+import io
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from preprocess.account import SourceAccount, read_rejects, scan_rejects, settle
+from preprocess.config import SourceConfig
+from preprocess.plan import IndexedUnit, reject_table
+from preprocess.report.stats import collect_stats, print_report
+from preprocess.samples import Reject
+from shared.dataset import MANIFEST, fingerprint_of
+from shared.errors import UserError
+from shared.files import atomic_path, write_json
+from shared.geometry import Budget
+from shared.tokens import TOKENIZER_FILES
+
+# A rate over fewer samples says nothing: the ceiling is checked once this many have been read.
+MIN_SAMPLES_FOR_REJECT_RATE = 20
+
+
+def finish(
+    output: Path,
+    *,
+    units: Sequence[IndexedUnit],
+    sources: Mapping[str, SourceConfig],
+    plan: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    contract: Mapping[str, Any],
+    tokenizer: Path,
+) -> dict[str, Any]:
+    """Complete the data set; return its statistics. `results` are the shards' result files by shard name.
+
+    Raises:
+        UserError: nothing was packed, or a source lost more samples than its ceiling allows.
+        RuntimeError: the account does not balance, a defect of the program.
+    """
+    read, early = scan_rejects(units)
+    early += read_rejects(output / "plan" / "rejects.parquet")
+    accounts, rejects = settle(list(sources), read, early, plan["sources"], list(results.values()))
+    _check_accounts(accounts, sources)
+    filled = {name: result for name, result in results.items() if result["packs"]}
+    if not filled:
+        reasons = ", ".join(sorted({reject.reason for reject in rejects}))
+        raise UserError(
+            f"{output}: no sample is left to pack, all were rejected ({reasons}); look at the inputs"
+        )
+    _write_side_files(output, rejects, tokenizer)
+    account = {name: line.as_dict() for name, line in accounts.items()}
+    stats = collect_stats(units, filled, account, Budget(**contract["budget"]))
+    _write_report(output / "report", stats)
+    write_json(output / MANIFEST, _manifest(contract, plan, filled, stats))
+    return stats
+
+
+def check_reject_rate(source: str, reasons: Sequence[str], read: int, limit: float, step: str) -> None:
+    """Stop a job that is eating its data.
+
+    Raises:
+        UserError: more than the share `limit` of the `read` samples was rejected.
+    """
+    rejected = len(reasons)
+    if read < MIN_SAMPLES_FOR_REJECT_RATE or rejected <= limit * read:
+        return
+    counts = ", ".join(f"{reason} {reasons.count(reason)}" for reason in sorted(set(reasons)))
+    raise UserError(
+        f"source {source!r}: {rejected} of {read} samples rejected in the {step} ({counts}), above max_reject_rate "
+        f"{limit}; look at the inputs, or raise sources.{source}.max_reject_rate"
+    )
+
+
+def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str, SourceConfig]) -> None:
+    for name, account in accounts.items():
+        if fault := account.imbalance():
+            raise RuntimeError(f"account of source {name!r} does not balance: {fault}")
+        reasons = list(account.rejected.elements())
+        check_reject_rate(name, reasons, account.read, sources[name].max_reject_rate, "job")
+
+
+def _write_side_files(output: Path, rejects: Sequence[Reject], tokenizer: Path) -> None:
+    with atomic_path(output / "rejects.parquet") as temporary:
+        pq.write_table(reject_table(rejects), temporary)
+    for name in TOKENIZER_FILES:
+        with atomic_path(output / "tokenizer" / name) as temporary:
+            shutil.copyfile(tokenizer / name, temporary)
+
+
+def _write_report(directory: Path, stats: Mapping[str, Any]) -> None:
+    write_json(directory / "stats.json", stats)
+    text = io.StringIO()
+    print_report(stats, Console(file=text, width=120))
+    with atomic_path(directory / "report.txt") as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _manifest(
+    contract: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    stats: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What dataset.json holds."""
+    splits = {shard["name"]: shard["split"] for shard in plan["shards"]}
+    shards = [
+        {"name": name, "split": splits[name], **{key: result[key] for key in ("packs", "bytes", "checksum")}}
+        for name, result in results.items()
+    ]
+    lines = list(stats["splits"].values())
+    counted = ("packs", "bytes", "tokens", "labels", "patches", "images", "documents")
+    return {
+        **contract,
+        "fingerprint": fingerprint_of(dict(contract)),
+        "shards": shards,
+        "totals": {key: sum(line[key] for line in lines) for key in counted},
+        "fill": stats["fill"],
+        "account": stats["account"],
+        "made_by": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

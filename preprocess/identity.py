@@ -1,0 +1,100 @@
+"""Whose work lies in an output directory: what each pass depends on, kept beside what it wrote.
+
+    index/identity.json   inputs, tokenizer, geometry, limits          a change makes everything again
+    plan/identity.json    all that, budget, packing rules and seed     a change keeps the index
+
+Work of another identity is refused, or thrown away with `on_change = "rebuild"`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from preprocess.config import PreprocessConfig
+from preprocess.plan import IndexedUnit
+from shared.config import to_dict
+from shared.dataset import MANIFEST
+from shared.errors import UserError
+from shared.files import read_json, write_json
+
+IDENTITY = "identity.json"
+
+
+def scan_identity(
+    config: PreprocessConfig, units: Sequence[IndexedUnit], tokenizer_sha256: str
+) -> dict[str, Any]:
+    """Everything that the index depends on."""
+    settings = to_dict(config)
+    # Ceilings stop a job and rules cut samples later: neither changes what the scan writes.
+    later = ("max_reject_rate", "too_long")
+    return {
+        **{key: settings[key] for key in ("geometry", "tokens", "limits")},
+        "sources": {
+            name: {key: value for key, value in source.items() if key not in later}
+            for name, source in settings["sources"].items()
+        },
+        "tokenizer_sha256": tokenizer_sha256,
+        "inputs": [[unit.source, unit.unit, os.path.getsize(unit.unit)] for unit in units],
+    }
+
+
+def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, Any]:
+    """Everything that plan and shards depend on."""
+    settings = to_dict(config)
+    return {
+        "scan": scan,
+        "rules": {name: source["too_long"] for name, source in settings["sources"].items()},
+        **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec")},
+    }
+
+
+def claim(
+    output: Path,
+    step: str,
+    identity: dict[str, Any],
+    *,
+    stale: Sequence[str],
+    on_change: Literal["refuse", "rebuild"],
+) -> None:
+    """Make the directory of a step this run's own; `stale` are the directories that a change makes worthless.
+
+    Raises:
+        UserError: another run's work lies there and is to be kept; names the first setting that differs.
+    """
+    if changed := _changed(output / step, identity):
+        if on_change == "refuse":
+            raise UserError(
+                f"{output}: holds a run with other settings or inputs ({changed}); choose another output, "
+                f"or throw that work away with --on_change rebuild"
+            )
+        (output / MANIFEST).unlink(missing_ok=True)  # first: no data set without its shards
+        for name in stale:
+            shutil.rmtree(output / name, ignore_errors=True)
+    write_json(output / step / IDENTITY, identity)
+
+
+def _changed(directory: Path, identity: dict[str, Any]) -> str:
+    """What differs from the run whose work lies in the directory of a step; "" when nothing does."""
+    path = directory / IDENTITY
+    if path.exists():
+        before = read_json(path)
+        return _difference(before, identity) if before != identity else ""
+    # Work that nobody claims: its removal was cut short.
+    return f"{directory.name}/{IDENTITY} is gone" if directory.is_dir() and any(directory.iterdir()) else ""
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> str:
+    """The first key that differs, with both values when they are short."""
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            return _difference(old, new, f"{prefix}{key}.")
+        short = f"{old!r}, now {new!r}"
+        return f"{prefix}{key}: {short}" if len(short) < 120 else f"{prefix}{key}"
+    return "nothing"
