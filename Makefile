@@ -48,7 +48,7 @@ test-slow: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: setup
 	$(BIN)/ruff check --fix .
