@@ -27,11 +27,14 @@ from trainer.parallel.mesh import World
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     every: int = 10
-    """Steps between readings of the device: rows are written, and a line printed, this often."""
+    """Steps between readings of the device: rows are written, and the live line is renewed, this often."""
+    print_every: int = 50
+    """Steps between lines that stay, on a terminal and in a log; at most one per reading."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+        for name in ("every", "print_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +93,12 @@ class Console:
             print(f"\n{text}" if self.redrawing else text, flush=True)
         self.redrawing = False
 
+    def print_over(self, text: str) -> None:
+        """A line that stays, in the place of the line being redrawn."""
+        if self.enabled:
+            print(f"\r\x1b[2K{text}" if self.terminal else text, flush=True)
+        self.redrawing = False
+
     def redraw(self, text: str) -> None:
         """Replace the line being redrawn; elsewhere than on a terminal, nothing."""
         if self.terminal:
@@ -105,9 +114,17 @@ class Reporter:
     """
 
     def __init__(
-        self, directory: Path, world: World, console: Console, *, start_step: int, total_steps: int
+        self,
+        directory: Path,
+        world: World,
+        console: Console,
+        *,
+        start_step: int,
+        total_steps: int,
+        print_every: int,
     ) -> None:
         self.world, self.console, self.total_steps = world, console, total_steps
+        self.print_every, self.printed_step = print_every, start_step
         self.files = MetricFiles(directory, start_step=start_step) if world.is_main else None
         self.pending: list[StepStats] = []
         self.newest: dict[str, Any] = {}
@@ -128,11 +145,13 @@ class Reporter:
         if self.files is not None:
             for row in rows:
                 self.files.write(row, kind="train")
-        line = progress_line(self.newest["step"], self.total_steps, self.newest)
-        if self.console.terminal:
-            self.console.redraw(line)
+        step = self.newest["step"]
+        line = progress_line(step, self.total_steps, self.newest)
+        if step // self.print_every > self.printed_step // self.print_every or step == self.total_steps:
+            self.console.print_over(line)
+            self.printed_step = step
         else:
-            self.console.print(line)
+            self.console.redraw(line)
         self.restart_interval()
         return self.newest
 

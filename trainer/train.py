@@ -52,7 +52,14 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     run = start_run(config, dataset, world)
     for line in describe_run(config, dataset, run, world):
         console.print(line)
-    reporter = Reporter(Path(config.out), world, console, start_step=run.start_step, total_steps=config.steps)
+    reporter = Reporter(
+        Path(config.out),
+        world,
+        console,
+        start_step=run.start_step,
+        total_steps=config.steps,
+        print_every=config.log.print_every,
+    )
     try:
         return train_loop(config, dataset, run, world, reporter)
     finally:

@@ -99,7 +99,8 @@ def print_report(stats: Mapping[str, Any], console: Console) -> None:
     budget, fill = stats["budget"], stats["fill"]
     console.print(
         f"budget S = {budget['S']} tokens, N = {budget['N']} rows of L = {budget['L']} patches; "
-        f"fill: tokens {fill['tokens']:.1%}, vision {fill['vision']:.1%}"
+        f"fill: tokens {fill['tokens']:.1%}, vision {fill['vision']:.1%}",
+        soft_wrap=True,
     )
     splits = _table("split", "shards", "packs", "documents", "tokens", "labels", "images", "patches", "MB")
     for name, line in stats["splits"].items():

@@ -27,28 +27,34 @@ def stats(step: int) -> StepStats:
     )
 
 
-def test_every_step_has_its_row_and_the_console_one_line_per_interval(
+def test_every_step_has_its_row_and_lines_that_stay_come_seldom(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = Reporter(tmp_path, WORLD, Console(enabled=True), start_step=0, total_steps=10)
+    reporter = Reporter(tmp_path, WORLD, Console(enabled=True), start_step=0, total_steps=10, print_every=2)
     reporter.interval_start -= 2.0
     for step in (1, 2):
         reporter.add(stats(step))
     newest = reporter.flush()
     reporter.write_evaluation(2, {"loss": 1.0, "vision_gain": 0.5})
+    for step in (3, 4):
+        reporter.add(stats(step))
+        reporter.flush()
     reporter.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["step"], row["loss"]) for row in rows] == [
         ("train", 1, 1.0),
         ("train", 2, 2.0),
         ("eval", 2, 1.0),
+        ("train", 3, 3.0),
+        ("train", 4, 4.0),
     ]
     # 200 tokens in the 2 seconds of the interval.
     assert newest["tokens_per_s"] == pytest.approx(100, rel=0.05) and newest["step_s"] == pytest.approx(
         1, rel=0.05
     )
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("step  2/10  loss 2.0000  grad 2.000  lr 1.00e-01")
+    # Read after steps 2, 3 and 4; printed after every second step.
+    assert len(lines) == 2 and lines[1].startswith("step  4/10") and lines[0].startswith("step  2/10  loss 2.0000  grad 2.000  lr 1.00e-01")
     assert list((tmp_path / "tensorboard").iterdir())
 
 
