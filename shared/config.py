@@ -11,6 +11,7 @@ An unknown key, a wrong type and a missing key are `UserError`s that name the ke
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 import types
@@ -86,6 +87,17 @@ def to_toml(config: Any) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
+def require_at_least(config: Any, minimum: int, *names: str) -> None:
+    """For `__post_init__`: the named fields of a config are at least `minimum`.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {getattr(config, name)}")
+
+
 def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
@@ -108,6 +120,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}: no such file; see configs/ for examples") from None
     except IsADirectoryError:
         raise UserError(f"config {path}: is a directory, expected a TOML file") from None
+    except OSError as error:
+        raise UserError(f"config {path}: cannot be read ({error.strerror}); correct the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not valid TOML: {error}") from None
 
@@ -213,7 +227,7 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
                 f"{origin}: {key}: {value!r} is not one of {', '.join(options)}; {closest(value, options)}"
             )
     elif inner is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         value = float(value) if fits else value
     elif inner is int:
         fits = isinstance(value, int) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import resource
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -164,18 +165,14 @@ def open_dataset(path: Path | str) -> DataSet:
             f"data set {directory}: no {MANIFEST}, so it is not complete; run `python -m preprocess run` with the "
             f"same config again, it goes on where it stopped"
         )
-    try:
-        manifest = read_json(directory / MANIFEST)
-    except ValueError as error:
-        raise UserError(
-            f"data set {directory}: {MANIFEST} is not valid JSON ({error}); build it again"
-        ) from None
+    manifest = read_json(directory / MANIFEST, mend="build the data set again")
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
             f"data set {directory}: format version {version}, this program knows {FORMAT_VERSION}; update parquetry"
         )
     dataset = DataSet(directory, manifest)
+    _allow_open_files(directory, len(dataset.shards))
     if dataset.codec not in CODECS or dataset.patch_order != PATCH_ORDER:
         raise UserError(
             f"data set {directory}: codec {dataset.codec!r} and patch order {dataset.patch_order!r} are not known "
@@ -188,3 +185,17 @@ def open_dataset(path: Path | str) -> DataSet:
             f"restore it or build the data set again"
         )
     return dataset
+
+
+def _allow_open_files(directory: Path, num_shards: int) -> None:
+    """A mapped shard holds a file descriptor (until Python 3.13): raise the soft limit where it is too low."""
+    needed = num_shards + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"data set {directory}: {num_shards} shards need {needed} open files, the limit is {hard}; raise it "
+            f"(ulimit -n), or make larger shards (plan.shard_bytes)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

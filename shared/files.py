@@ -6,9 +6,11 @@ A file that exists under its own name is therefore whole, which is what "skip it
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +18,20 @@ from typing import Any
 
 import xxhash
 
+from shared.errors import UserError
+
 TEMPORARY = ".tmp"
+LOCK = ".lock"
 
 
 @contextmanager
 def atomic_path(path: Path) -> Generator[Path, None, None]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on an exception.
 
-    The name holds the process id, so that two attempts at one unit never write into one file.
+    The name holds random digits, so that two attempts at one unit never write into one file, on whatever host.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -42,8 +47,45 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, mend: str = "delete it and run again") -> Any:
+    """The value of a JSON file that this program wrote.
+
+    Raises:
+        UserError: it is missing or damaged; `mend` is what the message tells the reader to do.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {mend}") from None
+
+
+@contextmanager
+def lock_directory(directory: Path, what: str) -> Generator[None, None, None]:
+    """Hold a directory for this process; created if missing. Ends with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it, or it cannot be made; `what` is what is going on there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: cannot be made or written to ({error.strerror}); choose another"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"{directory}: another process is {what} there; wait for it, or choose another"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_temporaries(directory: Path, pattern: str = "**/*") -> None:

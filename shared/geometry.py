@@ -33,6 +33,7 @@ import numpy.typing as npt
 from einops import rearrange
 
 from shared.arrays import runs
+from shared.config import require_at_least
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -49,10 +50,7 @@ class Budget:
     L: int
 
     def __post_init__(self) -> None:
-        for name in ("S", "N", "L"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"budget {name} must be at least 1, got {value}")
+        require_at_least(self, 1, "S", "N", "L")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +68,7 @@ class Geometry:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "temporal_patch_size", "merge"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "patch_size", "temporal_patch_size", "merge")
         if self.max_patches_per_image < self.merge**2:
             raise ValueError(
                 f"max_patches_per_image {self.max_patches_per_image} is below one cell of "

@@ -96,33 +96,50 @@ def load_tokenizer(directory: Path, names: TokenNames | None = None) -> TextToke
     Raises:
         UserError: a file is missing or broken, or a special token is absent; names all that are.
     """
+    config = _read_files(directory)
+    tokenizer = _open(directory, config)
+    return TextTokenizer(tokenizer, _resolve(directory, tokenizer, config, names or TokenNames()))
+
+
+def reopen_tokenizer(directory: Path, ids: TokenIds) -> TextTokenizer:
+    """The tokenizer kept in a data set, with the special tokens that its `dataset.json` names.
+
+    Raises:
+        UserError: the files are not those that the data set was made with.
+    """
+    tokenizer = _open(directory, _read_files(directory))
+    if tokenizer_hash(directory) != ids.tokenizer_sha256:
+        raise UserError(
+            f"tokenizer {directory}: is not the one that the data set was made with; copy it again"
+        )
+    return TextTokenizer(tokenizer, ids)
+
+
+def _open(directory: Path, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer with its declared special tokens, set so that text can only become text."""
     from tokenizers import AddedToken, Tokenizer
 
     # Batches here are small and many processes run at once: one thread each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    config = _read_files(directory)
     try:
         tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception for any malformed file
         raise UserError(f"tokenizer {directory}: tokenizer.json is not a tokenizer ({error})") from None
-    added = {
-        int(number): AddedToken(entry["content"], special=True, normalized=False)
-        for number, entry in config.get("added_tokens_decoder", {}).items()
-        if entry.get("special")
-    }
+    declared = _declared_tokens(directory, config)
     # In id order, because entries that tokenizer.json does not know get the next free id.
-    tokenizer.add_special_tokens([added[number] for number in sorted(added)])
-    for number, token in added.items():
-        if tokenizer.token_to_id(token.content) != number:
+    tokenizer.add_special_tokens(
+        [AddedToken(declared[number], special=True, normalized=False) for number in sorted(declared)]
+    )
+    for number, content in declared.items():
+        if tokenizer.token_to_id(content) != number:
             raise UserError(
-                f"tokenizer {directory}: tokenizer_config.json gives {token.content!r} id {number}, tokenizer.json "
-                f"{tokenizer.token_to_id(token.content)}; make the two files agree"
+                f"tokenizer {directory}: tokenizer_config.json gives {content!r} id {number}, tokenizer.json "
+                f"{tokenizer.token_to_id(content)}; make the two files agree"
             )
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    ids = _resolve(directory, tokenizer, config, names or TokenNames())
-    return TextTokenizer(tokenizer, ids)
+    return tokenizer
 
 
 def tokenizer_hash(directory: Path) -> str:
@@ -135,13 +152,24 @@ def _read_files(directory: Path) -> dict[str, Any]:
             raise UserError(
                 f"tokenizer {directory}: no {name}; expected a directory with {' and '.join(TOKENIZER_FILES)}"
             )
-    try:
-        config = read_json(directory / "tokenizer_config.json")
-    except ValueError as error:
-        raise UserError(f"tokenizer {directory}: tokenizer_config.json is not valid JSON ({error})") from None
+    config = read_json(directory / "tokenizer_config.json", mend="take the tokenizer's own file again")
     if not isinstance(config, dict):
         raise UserError(f"tokenizer {directory}: tokenizer_config.json is not a JSON object")
     return config
+
+
+def _declared_tokens(directory: Path, config: dict[str, Any]) -> dict[int, str]:
+    """The special tokens that `added_tokens_decoder` declares, by id."""
+    declared = config.get("added_tokens_decoder", {})
+    try:
+        return {
+            int(number): str(entry["content"]) for number, entry in declared.items() if entry.get("special")
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"tokenizer {directory}: added_tokens_decoder in tokenizer_config.json is not a table of ids with "
+            f"their `content`; take the tokenizer's own file again"
+        ) from None
 
 
 def _resolve(directory: Path, tokenizer: Tokenizer, config: dict[str, Any], names: TokenNames) -> TokenIds:

@@ -195,6 +195,8 @@ def test_one_word_for_a_tuple_is_a_tuple_of_one() -> None:
         ("output = 3", "output: expected a string, got 3"),
         ('[optimizer]\nlr = "3e-4"', "optimizer.lr: expected a number, got '3e-4'"),
         ("[optimizer]\nlr = true", "optimizer.lr: expected a number, got True"),
+        ("[optimizer]\nlr = nan", "optimizer.lr: expected a number, got nan"),
+        ("[optimizer]\nbetas = [0.9, inf]", "optimizer.betas[1]: expected a number, got inf"),
         ("[optimizer]\nfused = 1", "optimizer.fused: expected true or false, got 1"),
         ("[optimizer]\nbetas = 0.9", "optimizer.betas: expected a list of a number, got 0.9"),
         ('[optimizer]\nbetas = [0.9, "x"]', "optimizer.betas[1]: expected a number, got 'x'"),
@@ -281,7 +283,7 @@ def test_the_resolved_config_loads_back_equal(path: Path, tmp_path: Path) -> Non
 
 
 any_text = st.text() | st.text(alphabet="\"\\\n\r\t\x00\x1f\x7f\x85\u2028é日😀.#=[]' ")
-any_float = st.floats(allow_nan=False)
+any_float = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @given(

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import xxhash
 
+from shared.errors import UserError
 from shared.files import (
     atomic_path,
     canonical_json,
     file_checksum,
+    lock_directory,
     read_json,
     remove_temporaries,
     sha256,
     write_json,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_finished_file_stands_under_its_name_and_no_temporary_is_left(tmp_path: Path) -> None:
@@ -94,3 +100,47 @@ def test_checksums_equal_the_libraries_own_over_the_whole_bytes(tmp_path: Path) 
     (tmp_path / "file").write_bytes(data)
     assert file_checksum(tmp_path / "file") == xxhash.xxh3_64(data).hexdigest()
     assert sha256(b"ab", b"", b"c") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_directory_is_held_by_one_process_until_that_ends(tmp_path: Path) -> None:
+    directory = tmp_path / "new" / "output"
+    program = (
+        "import sys; from pathlib import Path; from shared.files import lock_directory\n"
+        "with lock_directory(Path(sys.argv[1]), 'testing'):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(directory)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdin is not None and holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=r"another process is testing there; wait for it"):
+        with lock_directory(directory, "testing"):
+            pass
+    holder.kill()
+    holder.wait()
+    with lock_directory(directory, "testing"), pytest.raises(UserError), lock_directory(directory, "testing"):
+        pass
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(UserError, match="cannot be made or written to"),
+        lock_directory(tmp_path / "file", "x"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("content", [None, "{", "\x00"])
+def test_a_missing_or_damaged_json_file_is_an_error_that_says_what_to_do(
+    tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"x\.json: .*; make it again"):
+        read_json(path, mend="make it again")

@@ -241,5 +241,5 @@ def test_an_impossible_geometry_is_an_error_with_its_value(change: dict[str, obj
 
 @pytest.mark.parametrize("name", ["S", "N", "L"])
 def test_a_budget_below_one_is_an_error_with_its_letter(name: str) -> None:
-    with pytest.raises(ValueError, match=f"budget {name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
         Budget(**{"S": 1, "N": 1, "L": 1, name: 0})

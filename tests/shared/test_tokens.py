@@ -59,7 +59,7 @@ def refusal(directory: Path, names: TokenNames | None = None) -> str:
     with pytest.raises(UserError) as caught:
         load_tokenizer(directory, names)
     message = str(caught.value)
-    assert message.startswith(f"tokenizer {directory}: ") and "\n" not in message
+    assert str(directory) in message and "\n" not in message
     return message
 
 
@@ -232,7 +232,7 @@ def test_broken_files_are_named(directory: Path) -> None:
     config, file = directory / "tokenizer_config.json", directory / "tokenizer.json"
     good = config.read_bytes()
     config.write_text("{")
-    assert "tokenizer_config.json is not valid JSON" in refusal(directory)
+    assert "tokenizer_config.json: not valid JSON" in refusal(directory)
     config.write_text("[]")
     assert "tokenizer_config.json is not a JSON object" in refusal(directory)
     config.write_bytes(good)
