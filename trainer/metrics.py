@@ -10,6 +10,7 @@ says nothing. Tokens, patches and labels are useful ones, padding not counted, o
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -135,10 +136,10 @@ class Reporter:
         if self.newest:
             self.console.redraw(progress_line(stats.step, self.total_steps, self.newest))
 
-    def flush(self) -> dict[str, Any]:
-        """Read, write and print what is pending; returns the newest row."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Read, write and print what is pending; returns its rows, the same on every rank."""
         if not self.pending:
-            return self.newest
+            return []
         rows = read_rows(self.pending, time.perf_counter() - self.interval_start, self.world)
         self.pending.clear()
         self.newest = rows[-1]
@@ -153,7 +154,7 @@ class Reporter:
         else:
             self.console.redraw(line)
         self.restart_interval()
-        return self.newest
+        return rows
 
     def restart_interval(self) -> None:
         """Leave the time since the last `flush` out of the rates: it went into something else."""
@@ -181,11 +182,15 @@ class MetricFiles:
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, row: Mapping[str, Any], *, kind: str) -> None:
-        """Append one row; `kind` ("train" or "eval") groups its curves."""
-        self.rows.write(json.dumps({"kind": kind, **row}) + "\n")
+        """Append one row; `kind` ("train" or "eval") groups its curves.
+
+        JSON knows no nan and no infinity: what was not measured or is not finite is null, and no point.
+        """
+        values = {name: value if is_finite(value) else None for name, value in row.items()}
+        self.rows.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
         self.rows.flush()
-        for name, value in row.items():
-            if name != "step":
+        for name, value in values.items():
+            if name != "step" and value is not None:
                 self.board.add_scalar(f"{kind}/{name}", value, row["step"])
 
     def close(self) -> None:
@@ -203,6 +208,15 @@ def keep_rows_until(path: Path, step: int) -> None:
     kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
     with atomic_path(path) as temporary:
         temporary.write_text(kept, encoding="utf-8")
+
+
+def is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def first_diverged(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first row whose step no longer trains anything: its update makes every weight nan."""
+    return next((row for row in rows if not (is_finite(row["loss"]) and is_finite(row["grad_norm"]))), None)
 
 
 def progress_line(step: int, total_steps: int, row: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from shared.errors import UserError
 from trainer.checkpoint import load_checkpoint, remove_incomplete, save_checkpoint
 from trainer.config import RunConfig
 from trainer.data.loader import Loader
+from trainer.data.order import packs_of_step
 from trainer.evaluate import check_split, describe, evaluate_model
-from trainer.metrics import Console, Reporter
+from trainer.metrics import Console, Reporter, first_diverged
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import lr_factor, make_optimizer
 from trainer.parallel.mesh import World, open_world
@@ -120,7 +121,9 @@ def train_loop(
         save = finished % config.checkpoint.every == 0 or finished == config.steps
         evaluate = config.eval.every > 0 and finished % config.eval.every == 0 and finished < config.steps
         if save or evaluate or finished % config.log.every == 0:
-            result["train"] = reporter.flush()
+            rows = reporter.flush()
+            check_rows(rows, config, run)  # before a checkpoint keeps what went wrong
+            result["train"] = rows[-1]
         if save:
             state = {"step": finished}
             save_checkpoint(directory, run.model, run.optimizer, state, world, keep=config.checkpoint.keep)
@@ -131,6 +134,26 @@ def train_loop(
     # Also when there was nothing left to train: asking again for a finished run shows what it reached.
     result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, result["steps"])
     return result
+
+
+def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -> None:
+    """End a run that has diverged. Every rank has the same rows.
+
+    Raises:
+        UserError: names the first step whose loss or gradient norm is not finite, and its packs.
+    """
+    row = first_diverged(rows)
+    if row is None:
+        return
+    loader, step = run.loader, row["step"]
+    packs = packs_of_step(loader.packs_total, loader.packs_per_step, config.seed, step - 1).tolist()
+    shown = ", ".join(map(str, packs[:8])) + (f" and {len(packs) - 8} more" if len(packs) > 8 else "")
+    raise UserError(
+        f"run {config.out}: diverged at step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, "
+        f"learning rate {row['lr']:.2e}; no checkpoint was written since. Try a lower optimizer.lr or a "
+        f"longer schedule.warmup_steps with another --out, and look at the packs of that step (split train: "
+        f"{shown}) with `python -m preprocess inspect`"
+    )
 
 
 def evaluate_and_report(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.metrics import Console, Reporter, StepStats, keep_rows_until, progress_line
+from trainer.metrics import Console, MetricFiles, Reporter, StepStats, keep_rows_until, progress_line
 from trainer.parallel.mesh import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
@@ -34,7 +35,7 @@ def test_every_step_has_its_row_and_lines_that_stay_come_seldom(
     reporter.interval_start -= 2.0
     for step in (1, 2):
         reporter.add(stats(step))
-    newest = reporter.flush()
+    newest = reporter.flush()[-1]
     reporter.write_evaluation(2, {"loss": 1.0, "vision_gain": 0.5})
     for step in (3, 4):
         reporter.add(stats(step))
@@ -69,3 +70,16 @@ def test_rows_after_the_resumed_step_and_a_torn_line_are_dropped(tmp_path: Path)
 def test_progress_line_tells_the_time_left() -> None:
     row = dict.fromkeys(["loss", "grad_norm", "lr", "tokens_per_s", "patches_per_s", "data_wait_s"], 1.0)
     assert progress_line(40, 100, {**row, "step_s": 1.5}).endswith("wait 1000.0 ms  left 1:30")
+
+
+def test_what_is_not_finite_or_not_measured_is_null_and_no_point(tmp_path: Path) -> None:
+    files = MetricFiles(tmp_path, start_step=0)
+    points = []
+    files.board.add_scalar = lambda *point: points.append(point)
+    files.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "gain": None}, kind="train")
+    files.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "NaN" not in line and "Infinity" not in line
+    row = {"kind": "train", "step": 1, "loss": None, "grad_norm": None, "lr": 0.5, "gain": None}
+    assert json.loads(line) == row
+    assert points == [("train/lr", 0.5, 1)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.trainer.datasets import make_pack, write_dataset
 from trainer import train
 from trainer.__main__ import main
 from trainer.data.batch import assemble_batch
+from trainer.data.order import packs_of_step
 from trainer.parallel.mesh import open_world
 from trainer.run import load_run_config, restore_model
 
@@ -161,6 +163,31 @@ def test_a_run_that_was_moved_can_be_evaluated(
     assert main(["eval", str(moved), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["step"] == 6 and result["vision_gain"] == rows(moved, "eval")[0]["vision_gain"]
+
+
+@pytest.mark.parametrize("change", [{"loss": math.nan}, {"grad_norm": math.inf}])
+def test_a_run_that_diverges_ends_at_that_step_before_a_checkpoint_of_it(
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, float],
+) -> None:
+    original = train.train_step
+
+    def diverging(model: Any, optimizer: Any, step: Any, *rest: Any, **settings: Any) -> Any:
+        stats = original(model, optimizer, step, *rest, **settings)
+        wrong = {name: torch.tensor(value) for name, value in change.items()}
+        return replace(stats, **wrong) if step.index >= 4 else stats
+
+    monkeypatch.setattr(train, "train_step", diverging)
+    assert main(command) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    packs = ", ".join(map(str, packs_of_step(8, 4, 0, 4)))
+    assert "diverged at step 5: loss " in error and "lower optimizer.lr" in error
+    assert f"(split train: {packs})" in error
+    checkpoints = sorted((Path(command[-1]) / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step_00000003"]
+    assert [row["step"] for row in rows(command[-1])] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_loss_falls(command: list[str]) -> None:
