@@ -10,13 +10,15 @@ OUT/
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from shared.config import load_config, to_dict, to_toml
 from shared.dataset import DataSet
 from shared.errors import UserError
-from shared.files import atomic_path, read_json, write_json
+from shared.files import atomic_path, lock_directory, read_json, write_json
 from trainer.checkpoint import complete_checkpoints, load_checkpoint
 from trainer.config import RunConfig
 from trainer.models.vlm import VisionLanguageModel, check_fit
@@ -30,6 +32,18 @@ MAY_CHANGE = {"dataset", "out", "device", "steps", "checkpoint", "eval", "log", 
 
 def checkpoint_directory(out: Path) -> Path:
     return out / "checkpoints"
+
+
+@contextmanager
+def hold_run(out: Path, world: World) -> Generator[None]:
+    """Keep every other training run out of `out`, from before it is read until the last row is written.
+
+    Raises:
+        UserError: on every rank, where rank 0 cannot have it.
+    """
+    with ExitStack() as stack:
+        world.on_main(lambda: stack.enter_context(lock_directory(out, "training")))
+        yield
 
 
 def find_checkpoint(config: RunConfig, dataset: DataSet) -> Path | None:
@@ -74,9 +88,14 @@ def load_run_config(out: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return load_config(RunConfig, out / "config.toml", (*overrides, "--out", str(out)))
 
 
+def check_model(config: RunConfig, dataset: DataSet) -> None:
+    """Refuse a model that cannot read the data set."""
+    check_fit(config.model, dataset.geometry, dataset.budget, dataset.tokens.vocabulary_size)
+
+
 def new_model(config: RunConfig, dataset: DataSet, world: World) -> VisionLanguageModel:
     """The initialized model of a config, checked against the data set."""
-    check_fit(config.model, dataset.geometry, dataset.budget, dataset.tokens.vocabulary_size)
+    check_model(config, dataset)
     return build_model(config.model, dataset.geometry, world, dtype=config.dtype, seed=config.seed)
 
 

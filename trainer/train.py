@@ -29,7 +29,7 @@ from trainer.metrics import Console, Reporter, first_diverged
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import lr_factor, make_optimizer
 from trainer.parallel.mesh import World, open_world
-from trainer.run import checkpoint_directory, find_checkpoint, new_model, write_run
+from trainer.run import check_model, checkpoint_directory, find_checkpoint, hold_run, new_model, write_run
 from trainer.step import train_step
 
 
@@ -47,25 +47,36 @@ def main(argv: Sequence[str]) -> None:
 
 def train(config: RunConfig, world: World) -> dict[str, Any]:
     """Train, or go on training, until `config.steps`; returns what the last step and evaluation measured."""
-    console = Console(enabled=world.is_main)
     dataset = open_dataset(config.dataset)
+    check_config(config, dataset, world)
+    with hold_run(Path(config.out), world):
+        run = start_run(config, dataset, world)
+        console = Console(enabled=world.is_main)
+        for line in describe_run(config, dataset, run, world):
+            console.print(line)
+        reporter = Reporter(
+            Path(config.out),
+            world,
+            console,
+            start_step=run.start_step,
+            total_steps=config.steps,
+            print_every=config.log.print_every,
+        )
+        try:
+            return train_loop(config, dataset, run, world, reporter)
+        finally:
+            run.loader.close()
+            reporter.close()
+
+
+def check_config(config: RunConfig, dataset: DataSet, world: World) -> None:
+    """Refuse what does not fit before anything is made."""
     check_split(dataset, config.eval)
-    run = start_run(config, dataset, world)
-    for line in describe_run(config, dataset, run, world):
-        console.print(line)
-    reporter = Reporter(
-        Path(config.out),
-        world,
-        console,
-        start_step=run.start_step,
-        total_steps=config.steps,
-        print_every=config.log.print_every,
-    )
+    check_model(config, dataset)
     try:
-        return train_loop(config, dataset, run, world, reporter)
-    finally:
-        run.loader.close()
-        reporter.close()
+        config.batch.accumulation(world.dp_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +91,6 @@ class Run:
 
 def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
     """Build the model, and load the newest checkpoint of the run directory if there is one."""
-    try:
-        accumulation = config.batch.accumulation(world.dp_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     checkpoint = find_checkpoint(config, dataset)
     model = new_model(config, dataset, world)
     optimizer = make_optimizer(model, config.optimizer)
@@ -99,7 +106,7 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
         split="train",
         seed=config.seed,
         packs_per_microbatch=config.batch.packs_per_microbatch,
-        accumulation=accumulation,
+        accumulation=config.batch.accumulation(world.dp_size),
         dp_rank=world.dp_rank,
         dp_size=world.dp_size,
         device=world.device,

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from shared.dataset import open_dataset
+from shared.files import lock_directory
 from shared.geometry import Budget
 from tests.distributed.launch import launch
 from tests.trainer.batches import Picture, make_batch
@@ -258,6 +259,45 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1 and said in captured.err
     assert not Path(command[-1]).exists()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_second_run_in_the_same_directory_is_refused_on_every_rank(
+    command: list[str], capfd: pytest.CaptureFixture[str], num_processes: int
+) -> None:
+    run = Path(command[-1])
+    words = [*command, "--batch.packs-per-microbatch", "1"]
+    with lock_directory(run, "training"):
+        # A rank that waited for one that has ended would sit out the 120 seconds of `launch`.
+        codes = [main(words)] if num_processes == 1 else launch(main, num_processes, words)
+        assert codes == [2] * num_processes
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    assert capfd.readouterr().err.count("another process is training there") == num_processes
+    assert main([*command, "--steps", "3"]) == 0
+
+
+def test_a_run_that_goes_on_holds_its_directory(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, codes = train.train_step, []
+
+    def meanwhile(*words: Any, **settings: Any) -> Any:
+        monkeypatch.setattr(train, "train_step", original)
+        codes.append(main(command))
+        return original(*words, **settings)
+
+    monkeypatch.setattr(train, "train_step", meanwhile)
+    assert main(command) == 0 and codes == [2]
+    assert len(rows(command[-1])) == 6
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_an_out_that_is_a_file_or_below_one_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*command[:-1], str(tmp_path / "file" / below)]) == 2
+    assert "cannot be made or written to" in capsys.readouterr().err
 
 
 def test_a_run_without_a_cuda_device_says_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ process therefore forms a group of its own, in memory, and takes the same path a
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -60,6 +60,23 @@ class World:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0, while the others wait for it.
+
+        Raises:
+            UserError: `action` raised it; on every rank, so that none waits for one that has ended.
+        """
+        failure = [""]
+        if self.is_main:
+            try:
+                action()
+            except UserError as error:
+                failure = [str(error)]
+        if self.mesh is not None:
+            dist.broadcast_object_list(failure, src=0, device=torch.device("cpu"))
+        if failure[0]:
+            raise UserError(failure[0])
 
     def barrier(self) -> None:
         if self.mesh is not None:
