@@ -2,7 +2,7 @@
 
 OUT/
   config.toml      the resolved config
-  run.json         which data set it trains on
+  run.json         which data set it trains on, and what of it the weights depend on
   metrics.jsonl    one row per step and per evaluation
   tensorboard/
   checkpoints/     see trainer.checkpoint
@@ -28,6 +28,10 @@ from trainer.parallel.parallelize import build_model
 # What a resumed run may change: where things are, how long it trains, what it reports, how it splits a batch.
 # Keys, or whole sections.
 MAY_CHANGE = {"dataset", "out", "device", "steps", "checkpoint", "eval", "log", "batch.packs_per_microbatch"}
+
+
+# What says how large pictures are, not what a patch means: another data set to evaluate on may differ in it.
+SIZES = {"max_patches_per_image", "resize"}
 
 
 def checkpoint_directory(out: Path) -> Path:
@@ -56,7 +60,7 @@ def find_checkpoint(config: RunConfig, dataset: DataSet) -> Path | None:
     checkpoints = complete_checkpoints(checkpoint_directory(out))
     if not checkpoints:
         return None
-    if read_json(out / "run.json")["dataset_identity"] != dataset.identity:
+    if _read_run(out)["dataset_identity"] != dataset.identity:
         raise UserError(
             f"run {out} was trained on another data set than {dataset.path}; "
             "give its own data set, or another --out"
@@ -78,7 +82,48 @@ def write_run(config: RunConfig, dataset: DataSet) -> None:
     out = Path(config.out)
     with atomic_path(out / "config.toml") as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
-    write_json(out / "run.json", {"fingerprint": dataset.fingerprint, "dataset_identity": dataset.identity})
+    write_json(
+        out / "run.json",
+        {
+            "fingerprint": dataset.fingerprint,
+            "dataset_identity": dataset.identity,
+            "tokens": dataset.manifest["tokens"],
+            "geometry": dataset.manifest["geometry"],
+        },
+    )
+
+
+def check_meaning(out: Path, dataset: DataSet) -> None:
+    """Refuse a data set whose token ids or patch values mean something else than those the run learned.
+
+    S, N, L, the sizes of pictures and the samples may be others.
+
+    Raises:
+        UserError: names what differs.
+    """
+    run = _read_run(out)
+    old, new = (
+        _flat({name: each[name] for name in ("tokens", "geometry")}) for each in (run, dataset.manifest)
+    )
+    names = sorted(name for name in old.keys() | new.keys() if name.partition(".")[2] not in SIZES)
+    different = [
+        f"{name} was {old.get(name)}, is {new.get(name)} here"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"run {out} was trained with other tokens or patches than data set {dataset.path}: "
+            f"{', '.join(different)}; preprocess the data again with the tokenizer and geometry of the run"
+        )
+
+
+def _read_run(out: Path) -> dict[str, Any]:
+    run = read_json(out / "run.json", mend="restore it, or train again with another --out")
+    missing = [name for name in ("dataset_identity", "tokens", "geometry") if name not in run]
+    if missing:
+        raise UserError(f"{out / 'run.json'}: lacks {', '.join(missing)}; train again with another --out")
+    return run
 
 
 def load_run_config(out: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -104,6 +149,7 @@ def restore_model(config: RunConfig, dataset: DataSet, world: World) -> tuple[Vi
     checkpoints = complete_checkpoints(checkpoint_directory(Path(config.out)))
     if not checkpoints:
         raise UserError(f"run {config.out}: no complete checkpoint there; train it first")
+    check_meaning(Path(config.out), dataset)
     model = new_model(config, dataset, world)
     state = load_checkpoint(checkpoints[-1], model, None, world)
     return model, state["step"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.dataset import describe_contract, fingerprint_of
 from shared.files import write_json
-from shared.geometry import Budget
+from shared.geometry import Budget, Geometry
 from shared.schema import IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
 from shared.tokens import TokenIds
@@ -57,9 +57,14 @@ def make_pack(documents: Sequence[batches.Document], budget: Budget) -> tuple[Pa
 
 
 def write_dataset(
-    path: Path, splits: Mapping[str, Sequence[Sequence[batches.Document]]], budget: Budget
+    path: Path,
+    splits: Mapping[str, Sequence[Sequence[batches.Document]]],
+    budget: Budget,
+    *,
+    geometry: Geometry = GEOMETRY,
+    tokens: TokenIds = TOKENS,
 ) -> Path:
-    contract = describe_contract(budget, GEOMETRY, TOKENS, "raw")
+    contract = describe_contract(budget, geometry, tokens, "raw")
     (path / "shards").mkdir(parents=True)
     shards = []
     for split, packs in splits.items():

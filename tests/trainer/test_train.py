@@ -17,8 +17,8 @@ from shared.dataset import open_dataset
 from shared.files import lock_directory
 from shared.geometry import Budget
 from tests.distributed.launch import launch
-from tests.trainer.batches import Picture, make_batch
-from tests.trainer.datasets import make_pack, write_dataset
+from tests.trainer.batches import GEOMETRY, Picture, make_batch
+from tests.trainer.datasets import TOKENS, make_pack, write_dataset
 from trainer import train
 from trainer.__main__ import main
 from trainer.data.batch import assemble_batch
@@ -236,6 +236,75 @@ def test_a_run_does_not_go_on_with_another_data_set(
     other = write_dataset(tmp_path / "other", {"train": PACKS[:4], "validation": PACKS[8:]}, BUDGET)
     assert main([*command, "--dataset", str(other)]) == 2
     assert "was trained on another data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "geometry", "said"),
+    [
+        ({"tokenizer_sha256": "ab"}, {}, "tokens.tokenizer_sha256 was , is ab here"),
+        ({"eos": 7}, {}, "tokens.eos was 4, is 7 here"),
+        ({}, {"mean": (0.5, 0.25, 0.5)}, "geometry.mean was [0.5, 0.5, 0.5], is [0.5, 0.25, 0.5] here"),
+        ({}, {"filter": "bicubic"}, "geometry.filter was bilinear, is bicubic here"),
+    ],
+)
+def test_a_run_is_not_evaluated_on_tokens_or_patches_that_mean_something_else(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tokens: dict[str, Any],
+    geometry: dict[str, Any],
+    said: str,
+) -> None:
+    assert main([*command, "--steps", "3"]) == 0
+    capsys.readouterr()
+    other = write_dataset(
+        tmp_path / "other",
+        {"validation": PACKS[8:]},
+        BUDGET,
+        tokens=replace(TOKENS, **tokens),
+        geometry=replace(GEOMETRY, **geometry),
+    )
+    assert main(["eval", command[-1], "--dataset", str(other)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and said in captured.err and captured.err.count(" was ") == 2
+
+
+def test_a_run_is_evaluated_on_a_data_set_of_other_sizes(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--steps", "3"]) == 0
+    other = write_dataset(
+        tmp_path / "other",
+        {"validation": PACKS[5:8]},
+        Budget(S=32, N=1, L=20),
+        geometry=replace(GEOMETRY, max_patches_per_image=32, resize="fill"),
+    )
+    assert main(["eval", command[-1], "--dataset", str(other)]) == 0
+    assert "vision gain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train"], ["eval"]])
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("run.json", None, "run.json: cannot be read (No such file or directory); restore it"),
+        ("run.json", "{}", "run.json: lacks dataset_identity, tokens, geometry"),
+    ],
+)
+def test_a_damaged_run_directory_is_one_line(
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    file: str,
+    content: str | None,
+    said: str,
+) -> None:
+    assert main([*command, "--steps", "3"]) == 0
+    path = Path(command[-1]) / file
+    path.unlink() if content is None else path.write_text(content)
+    assert main(command if words == ["train"] else ["eval", command[-1]]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert said in error
 
 
 @pytest.mark.parametrize(
