@@ -10,6 +10,7 @@ it is written beside, flushed and renamed. Parameters are named, not numbered, s
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
@@ -39,6 +41,8 @@ from trainer.parallel.mesh import World
 
 NAME = re.compile(r"step_(\d{8})")
 MODEL, OPTIMIZER = "model.", "optimizer."
+# What reading a file that was cut short or changed raises, in pickle, zip and torch.
+DAMAGE = (OSError, EOFError, pickle.UnpicklingError, ValueError, RuntimeError)
 # One entry per parameter instead of numbered groups: independent of the order and of the layout.
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -104,17 +108,20 @@ def load_checkpoint(
     """Load into the model, and into the optimizer if given, under any layout; returns the saved state.
 
     Raises:
-        UserError: the checkpoint holds other parameters, or parameters of other shapes; names them.
+        UserError: the checkpoint is damaged, or holds other parameters or shapes; names it, and them.
     """
+    state = read_json(path / "state.json", mend=f"delete {path} to go on from the checkpoint before it")
     tensors = _tensors(model, optimizer)
     reader = FileSystemReader(path)
-    _check_same(path, tensors, reader.read_metadata().state_dict_metadata, whole=optimizer is not None)
-    with _expected_alone():
+    with _damage_named(path):
+        saved = reader.read_metadata().state_dict_metadata
+    _check_same(path, tensors, saved, whole=optimizer is not None)
+    with _damage_named(path), _expected_alone():
         load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     set_model_state_dict(model, _part(tensors, MODEL), options=OPTIONS)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, _part(tensors, OPTIMIZER), options=OPTIONS)
-    return read_json(path / "state.json")
+    return state
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -153,6 +160,27 @@ def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
     return ", ".join(ordered[:3]) + more
+
+
+@contextmanager
+def _damage_named(path: Path) -> Generator[None]:
+    """Turn what damaged files raise into a UserError; torch gives every rank the failures of all."""
+    try:
+        yield
+    except DAMAGE as error:
+        causes: list[BaseException] = [error]
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if any(
+            isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, DAMAGE) for cause in causes
+        ):
+            raise
+    else:
+        return
+    raise UserError(
+        f"checkpoint {path} is damaged ({type(causes[0]).__name__}: {causes[0]}); delete it to go on from the "
+        "checkpoint before it"
+    )
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from torch import Tensor
 from shared.files import atomic_path
 from trainer.parallel.mesh import World
 
+ROWS = "metrics.jsonl"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
@@ -111,7 +113,8 @@ class Reporter:
     """Collects finished steps; reads them, writes and prints them once per interval.
 
     Every rank has one and calls it alike, because reading sums over the ranks; only rank 0 writes and prints.
-    Rows of the files after `start_step` are those of a killed run and are dropped.
+    Rows of the files after `start_step` are those of a killed run and are dropped; a finished run is only
+    evaluated again, and the new row takes the place of the old one.
     """
 
     def __init__(
@@ -126,7 +129,12 @@ class Reporter:
     ) -> None:
         self.world, self.console, self.total_steps = world, console, total_steps
         self.print_every, self.printed_step = print_every, start_step
-        self.files = MetricFiles(directory, start_step=start_step) if world.is_main else None
+        self.files = None
+        if world.is_main:
+            damaged = keep_rows(directory / ROWS, start_step, evaluated_again=start_step >= total_steps)
+            if damaged:
+                console.print(f"metrics   dropped {damaged} damaged lines of {directory / ROWS}")
+            self.files = MetricFiles(directory, start_step=start_step)
         self.pending: list[StepStats] = []
         self.newest: dict[str, Any] = {}
         self.interval_start = time.perf_counter()
@@ -176,9 +184,7 @@ class MetricFiles:
         # Imported here: it takes a second, which runs on other ranks and tests need not pay.
         from torch.utils.tensorboard import SummaryWriter
 
-        path = directory / "metrics.jsonl"
-        keep_rows_until(path, start_step)
-        self.rows = open(path, "a", encoding="utf-8")  # closed by close()
+        self.rows = open(directory / ROWS, "a", encoding="utf-8")  # closed by close()
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, row: Mapping[str, Any], *, kind: str) -> None:
@@ -198,16 +204,27 @@ class MetricFiles:
         self.board.close()
 
 
-def keep_rows_until(path: Path, step: int) -> None:
-    """Drop the rows of later steps, and a last line that a kill cut short."""
+def keep_rows(path: Path, step: int, *, evaluated_again: bool) -> int:
+    """Drop the rows after `step`, and the evaluation of `step` if it is about to be done again.
+
+    Returns how many damaged lines were dropped as well; a kill leaves one at most, the last.
+    """
     if not path.exists():
-        return
-    lines = [
-        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
-    kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        return 0
+    kept: list[bytes] = []
+    damaged = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            kind, at = row["kind"], int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+            continue
+        if at < step or (at == step and not (evaluated_again and kind == "eval")):
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
     with atomic_path(path) as temporary:
-        temporary.write_text(kept, encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
+    return damaged
 
 
 def is_finite(value: float | None) -> bool:

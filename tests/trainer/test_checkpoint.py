@@ -100,3 +100,23 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
     with pytest.raises(UserError, match=named):
         load_checkpoint(path, make_trained(1, tiny_config(**change))[0], None, WORLD)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, None])
+def test_a_damaged_checkpoint_is_named_with_the_way_on(tmp_path: Path, file: str, kept: float | None) -> None:
+    path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
+    whole = (path / file).read_bytes()
+    if kept is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(UserError, match=r"step_00000007 is damaged .*delete it to go on from the checkpoint"):
+        load_checkpoint(path, *make_trained(seed=2), WORLD)
+
+
+def test_a_checkpoint_without_its_state_is_named_with_the_way_on(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
+    (path / "state.json").unlink()
+    with pytest.raises(UserError, match=r"state\.json: cannot be read .*delete .*step_00000007 to go on"):
+        load_checkpoint(path, *make_trained(seed=2), WORLD)

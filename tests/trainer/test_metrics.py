@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.metrics import Console, MetricFiles, Reporter, StepStats, keep_rows_until, progress_line
+from trainer.metrics import Console, MetricFiles, Reporter, StepStats, keep_rows, progress_line
 from trainer.parallel.mesh import World
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
@@ -62,9 +62,23 @@ def test_every_step_has_its_row_and_lines_that_stay_come_seldom(
 
 def test_rows_after_the_resumed_step_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    keep_rows_until(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    rows = [f'{{"kind": "{kind}", "step": {step}}}\n' for step in (1, 2, 3) for kind in ("train", "eval")]
+    path.write_text("".join(rows) + '{"st')
+    assert keep_rows(path, 2, evaluated_again=False) == 1
+    assert path.read_text() == "".join(rows[:4])
+    assert keep_rows(path, 2, evaluated_again=True) == 0
+    assert path.read_text() == "".join(rows[:3])
+
+
+def test_damaged_rows_are_dropped_with_their_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = '{"kind": "train", "step": 1}\n'
+    path.write_bytes(good.encode() + b'{"kind": "tr\x00\xff\n{}\n[1]\n{"kind": "eval", "step": "x"}\n')
+    Reporter(tmp_path, WORLD, Console(enabled=True), start_step=1, total_steps=2, print_every=1).close()
+    assert path.read_text() == good
+    assert capsys.readouterr().out == f"metrics   dropped 4 damaged lines of {path}\n"
 
 
 def test_progress_line_tells_the_time_left() -> None:

@@ -150,8 +150,10 @@ def test_a_finished_run_is_evaluated_again_and_can_be_made_longer(
     again = capsys.readouterr().out.splitlines()
     result = json.loads(again[-1])
     assert result["steps"] == 6 and "train" not in result
-    assert result["eval"]["loss"] == rows(command[-1], "eval")[0]["loss"]
+    (evaluation,) = rows(command[-1], "eval")
+    assert evaluation["step"] == 6 and result["eval"]["loss"] == evaluation["loss"]
     assert main([*command, "--steps", "7"]) == 0
+    assert [row["step"] for row in rows(command[-1], "eval")] == [6, 7]
     assert len(rows(command[-1])) == 7
 
 
