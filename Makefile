@@ -1,6 +1,6 @@
 # make setup      the virtual environment, once
 # make demo       a data set, a data set of packs, a trained model, in a few minutes on two cores
-# make test       the tests; make test-slow, the slow ones; make check, lint and types
+# make test       the tests; make test-slow, the slow ones and those for a GPU; make check, lint and types
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -43,7 +43,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not gpu' -q
 
 test-slow: setup
-	$(BIN)/pytest -m slow -q
+	$(BIN)/pytest -m 'slow or gpu' -q
 
 check: setup
 	$(BIN)/ruff check .
