@@ -75,26 +75,26 @@ def load_pictures(tars: list[Path]) -> list[bytes]:
     source = WebDataset("benchmark", SourceConfig(paths=tuple(str(path) for path in tars)))
     samples = [entry for path in tars for entry in source.scan(str(path)) if isinstance(entry, RawSample)]
     return [
-        segment.content
+        segment.content.read()
         for entry in samples
         for segment in entry.segments
-        if isinstance(segment.content, bytes)
+        if not isinstance(segment.content, str)
     ]
 
 
 def grid_of(data: bytes, geometry: Geometry) -> tuple[int, int]:
-    header = read_header(data, max_pixels=10**9, max_bytes=10**9)
+    header = read_header(io.BytesIO(data), max_pixels=10**9, max_bytes=10**9)
     h, w = resize_grid(np.array([header.height]), np.array([header.width]), geometry)[0].tolist()
     return h, w
 
 
 def scan(pictures: list[bytes]) -> None:
     for data in pictures:
-        read_header(data, max_pixels=10**9, max_bytes=10**9)
+        read_header(io.BytesIO(data), max_pixels=10**9, max_bytes=10**9)
 
 
 def our_patches(data: bytes, h: int, w: int, geometry: Geometry) -> None:
-    view = patchify(resize(decode(data), h, w, geometry)[None], geometry)
+    view = patchify(resize(decode(data, max_pixels=10**9), h, w, geometry)[None], geometry)
     out = np.empty((h * w, geometry.values_per_patch), np.uint8)
     out.reshape(view.shape)[...] = view
 

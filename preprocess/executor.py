@@ -39,6 +39,6 @@ class SerialExecutor:
         for attempt in range(self._retries):
             try:
                 return function(unit)
-            except OSError:
-                time.sleep(0.1 * 2**attempt)  # transient I/O; the last attempt's error is the caller's
+            except (OSError, MemoryError):
+                time.sleep(0.1 * 2**attempt)  # transient; the last attempt's error is the caller's
         return function(unit)

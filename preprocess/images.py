@@ -1,5 +1,7 @@
 """Encoded picture -> RGB -> resized RGB. The scan reads headers only; the pack decodes once and copies once.
 
+No size is taken on trust: both passes hold it against the limit before a pixel is decoded.
+
 Both passes see a picture as a viewer shows it: EXIF orientation applied, first frame of an animation, alpha
 over white, 16-bit grey scaled to 8 bits.
 """
@@ -7,22 +9,19 @@ over white, 16-bit grey scaled to 8 bits.
 from __future__ import annotations
 
 import io
-import re
 import struct
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from shared.geometry import Geometry
-
-# Limits are checked on the header against the config, not by Pillow's own warning.
-Image.MAX_IMAGE_PIXELS = None
 
 # Damaged metadata is no news in a job over millions of files: what matters becomes a reject.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -30,11 +29,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # Pillow's pixels are read-only and nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-# Raster formats of the web. Others Pillow knows run programs (EPS starts Ghostscript) or are not pictures.
+# Raster formats of the web. Others Pillow knows run programs (EPS starts Ghostscript), decode when they are
+# opened (ICO, at whatever size its picture has) or are not pictures.
 Image.init()
 _FORMATS = tuple(
     name
-    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+    for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
     if name in Image.OPEN
 )
 
@@ -65,37 +65,31 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-def read_header(data: bytes, *, max_pixels: int, max_bytes: int) -> Header:
-    """Size as displayed, without decoding a pixel.
+def read_header(file: BinaryIO, *, max_pixels: int, max_bytes: int) -> Header:
+    """Size as displayed, without decoding a pixel; of the file no more is read than its format's header needs.
 
     Raises:
         ImageError: empty, unknown format, or beyond a limit.
     """
-    if not data:
+    num_bytes = file.seek(0, io.SEEK_END)
+    if not num_bytes:
         raise ImageError("image_empty", "0 bytes")
-    if len(data) > max_bytes:
-        raise ImageError("image_too_many_bytes", f"{len(data)} bytes, limit {max_bytes}")
-    with _reject_as("image_unreadable", data):
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-        turned = _orientation(picture, data) >= 5
+    if num_bytes > max_bytes:
+        raise ImageError("image_too_many_bytes", f"{num_bytes} bytes, limit {max_bytes}")
+    picture, orientation = _open(file, max_pixels)
     width, height = picture.size
-    if width < 1 or height < 1:
-        raise ImageError("image_unreadable", f"size {width} x {height}")
-    if width * height > max_pixels:
-        raise ImageError("image_too_many_pixels", f"{width} x {height} pixels, limit {max_pixels}")
-    return Header(width, height) if turned else Header(height, width)
+    return Header(width, height) if orientation >= 5 else Header(height, width)
 
 
-def decode(data: bytes) -> npt.NDArray[np.uint8]:
+def decode(data: bytes, *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """RGB uint8 [H, W, 3] as displayed.
 
     Raises:
-        ImageError: the pixels cannot be decoded, all of them.
+        ImageError: beyond the limit, or the pixels cannot be decoded, all of them.
     """
-    with _reject_as("image_unreadable", data):
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-        orientation = _orientation(picture, data)
-    with _reject_as("image_corrupt", data):
+    file = io.BytesIO(data)
+    picture, orientation = _open(file, max_pixels)
+    with _reject_as("image_corrupt", file), _guard(max_pixels):
         rgb = _to_rgb(picture)
         return np.asarray(rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb)
 
@@ -118,42 +112,86 @@ def resize(image_hwc: npt.NDArray[np.uint8], h: int, w: int, geometry: Geometry)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
+def _open(file: BinaryIO, max_pixels: int) -> tuple[Image.Image, int]:
+    """The picture, not yet decoded and within the limit, and its EXIF orientation."""
+    with _reject_as("image_unreadable", file), _guard(max_pixels):
+        picture = Image.open(file, formats=_FORMATS)
+        orientation = _orientation(picture, file)
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise ImageError("image_unreadable", f"size {width} x {height}")
+    if width * height > max_pixels:
+        raise ImageError("image_too_many_pixels", f"{width} x {height} pixels, limit {max_pixels}")
+    return picture, orientation
+
+
 @contextmanager
-def _reject_as(reason: str, data: bytes) -> Generator[None, None, None]:
-    """The border between one sample's bytes and the job: decoders raise anything on broken input."""
+def _guard(max_pixels: int) -> Generator[None, None, None]:
+    """Pillow's own limit, for sizes it meets inside a file: a canvas, a tile, a frame. It refuses from twice on."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def _reject_as(reason: str, file: BinaryIO) -> Generator[None, None, None]:
+    """The border between one sample's bytes and the job: decoders raise anything on broken input.
+
+    What is no fault of the bytes goes on to the executor, which tries again: a shortage of memory, and an error
+    of the operating system, which has a number.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
     except Exception as error:
-        detail = re.sub(r"<_io.BytesIO object at \w+>", "the bytes", f"{type(error).__name__}: {error}")
-        raise ImageError(reason, f"{detail[:120]} ({len(data)} bytes, first {data[:8].hex()})") from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        detail = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # its message names an object of this process
+            detail = f"no header of {', '.join(_FORMATS)}"
+        if isinstance(error, Image.DecompressionBombError):
+            reason = "image_too_many_pixels"
+        num_bytes = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        first = file.read(8).hex()
+        raise ImageError(reason, f"{detail[:120]} ({num_bytes} bytes, first {first})") from None
 
 
-def _orientation(picture: Image.Image, data: bytes) -> int:
+def _orientation(picture: Image.Image, file: BinaryIO) -> int:
     """EXIF orientation 1..8 that is still to be applied; 1 when there is none or it cannot be read."""
     if picture.format == "TIFF":
         return 1  # Pillow turns these itself, and `size` is the turned one
+    # Pillow would decode the whole PNG to look behind the pixels.
+    search = picture.format == "PNG" and not ({"exif", "Raw profile type exif"} & picture.info.keys())
+    block = _png_exif(file) if search else b""
     try:
-        if picture.format == "PNG" and not ({"exif", "Raw profile type exif"} & picture.info.keys()):
-            # Pillow would decode the whole picture to look behind the pixels.
-            exif = Image.Exif()
-            exif.load(b"Exif\x00\x00" + _png_exif(data))
-        else:
-            exif = picture.getexif()
+        exif = Image.Exif() if search else picture.getexif()
+        if search:
+            exif.load(b"Exif\x00\x00" + block)
         value = exif.get(ExifTags.Base.Orientation, 1)
     except (OSError, ValueError, SyntaxError, struct.error, TypeError, KeyError):
         return 1  # the pixels may be fine all the same
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _png_exif(data: bytes) -> bytes:
+def _png_exif(file: BinaryIO) -> bytes:
     """The eXIf chunk of a PNG, found by walking chunk lengths: it may stand behind the pixels. Empty if none."""
-    position = 8
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
+    here = file.tell()
+    file.seek(8)
+    block = b""
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
         if kind == b"eXIf":
-            return data[position + 8 : position + 8 + length]
-        position += 12 + length
-    return b""
+            block = file.read(length)
+        if kind in (b"eXIf", b"IEND"):
+            break
+        file.seek(length + 4, io.SEEK_CUR)
+    file.seek(here)
+    return block
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

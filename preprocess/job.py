@@ -139,6 +139,7 @@ class Job:
                 tokens=self.config.tokens,
                 budget=self.config.budget,
                 geometry=self.config.geometry,
+                limits=self.config.limits,
                 cost=self.config.cost,
                 fingerprint=fingerprint_of(self.contract),
             )

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from preprocess.config import CostConfig, SourceConfig
+from preprocess.config import CostConfig, ImageLimits, SourceConfig
 from preprocess.cost import pack_cost
 from preprocess.images import ImageError, decode, resize
 from preprocess.plan import PLAN_SCHEMA
@@ -46,6 +46,7 @@ class PackTask:
     tokens: TokenNames
     budget: Budget
     geometry: Geometry
+    limits: ImageLimits
     cost: CostConfig
     fingerprint: str
 
@@ -185,7 +186,8 @@ def _load_images(piece: Piece, starts: Sequence[int], task: PackTask) -> list[Pl
     begins = starts[piece.first_image : piece.last_image]
     placed: list[PlacedImage] = []
     for image, begin, row in zip(images, begins, piece.rows, strict=True):
-        rgb = decode(source.read_bytes(piece.unit, image.offset, image.size))
+        data = source.read_bytes(piece.unit, image.offset, image.size)
+        rgb = decode(data, max_pixels=task.limits.max_pixels)
         if rgb.shape[:2] != (image.height, image.width):
             raise ImageError(
                 "image_corrupt",

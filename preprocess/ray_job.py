@@ -43,11 +43,11 @@ class RayExecutor:
         )
 
     def map(self, function: Callable[[U], R], units: Sequence[U]) -> Iterator[R]:
-        """Results in order of completion. OSErrors and lost workers are retried, everything else is raised."""
+        """Results in order of completion. OSError, MemoryError and lost workers are tried again, the rest is raised."""
         remote = ray.remote(function).options(
             num_cpus=1,
             max_retries=self._retries,
-            retry_exceptions=[OSError],
+            retry_exceptions=[OSError, MemoryError],
         )
         workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
         limit = workers * (1 + self._config.queued_per_worker)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import pyarrow as pa
 
@@ -17,9 +17,12 @@ TEXT, IMAGE = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class RawSegment:
-    """`content` is text (str) or an encoded image (bytes); (offset, size) finds it again in its unit."""
+    """`content` is text or an encoded image as a file, read only as far as somebody asks.
 
-    content: str | bytes
+    (offset, size) finds it again in its unit.
+    """
+
+    content: str | BinaryIO
     offset: int
     size: int
 

@@ -8,6 +8,7 @@ tar is never read twice from end to end and is shared by any number of readers.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,14 +16,21 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from preprocess.config import SourceConfig
 from preprocess.samples import RawSample, RawSegment, Reject
 from shared.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif jp2 j2k ppm pgm ico heic heif".split()
 )
+
+# A text takes 120 times its size while it is tokenized (measured with a BPE of 8192): half a gigabyte.
+MAX_CAPTION_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
@@ -53,15 +61,23 @@ class WebDataset:
         return self._text(self.read_bytes(unit, offset, size))
 
     def read_bytes(self, unit: str, offset: int, size: int) -> bytes:
+        file = self._file(unit)
+        pieces: list[bytes] = []
+        end = offset + size
+        while offset < end:  # one call returns at most 2 GiB
+            pieces.append(os.pread(file.fileno(), end - offset, offset))
+            if not pieces[-1]:
+                raise UserError(
+                    f"source {self._name!r}: {unit} is shorter than at the scan; set on_change = rebuild"
+                )
+            offset += len(pieces[-1])
+        return b"".join(pieces)
+
+    def _file(self, unit: str) -> io.FileIO:
         try:
-            data = os.pread(_open(unit).fileno(), size, offset)
+            return _open(unit)
         except FileNotFoundError:
             raise UserError(f"source {self._name!r}: {unit} is gone since the scan; put it back") from None
-        if len(data) != size:
-            raise UserError(
-                f"source {self._name!r}: {unit} is shorter than at the scan; set on_change = rebuild"
-            )
-        return data
 
     def _sample(self, unit: str, group: _Group) -> RawSample | Reject:
         if group.repeated:
@@ -72,6 +88,9 @@ class WebDataset:
         caption = group.members.get(self._caption)
         if caption is None:
             return self._reject(group.key, "no_caption", f"no .{self._caption} member")
+        if caption[1] > MAX_CAPTION_BYTES:
+            detail = f"{caption[1]} bytes, limit {MAX_CAPTION_BYTES}"
+            return self._reject(group.key, "caption_too_many_bytes", detail)
         data = self.read_bytes(unit, *caption)
         try:
             text = self._text(data)
@@ -84,7 +103,7 @@ class WebDataset:
         if not text.strip():
             return self._reject(group.key, "caption_empty", f"{caption[1]} bytes of white space")
         segments = (
-            RawSegment(self.read_bytes(unit, *image), *image),
+            RawSegment(Span(self._file(unit), *image), *image),
             RawSegment(text, *caption),
         )
         return RawSample(group.key, segments)
@@ -158,6 +177,47 @@ def _add_member(groups: dict[str, _Group], repeats: list[_Group], member: tarfil
             repeats.append(_Group(key, repeated=True))
         group = repeats[-1]
     group.members[extension.lower()] = (member.offset_data, member.size)
+
+
+class Span(io.BufferedReader):
+    """Bytes [offset, offset + size) of an open file as a file of their own; any number may share one file."""
+
+    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
+        super().__init__(_RawSpan(file, offset, size))
+        self._size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        # A damaged header may ask for more than there is memory, which would be taken before it is read.
+        return super().read(size if size is None else min(size, self._size))
+
+
+class _RawSpan(io.RawIOBase):
+    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        position = offset + (0, self._position, self._size)[whence]
+        if position < 0:
+            raise ValueError(f"negative position {position}")
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        count = os.preadv(self._file.fileno(), [view], self._offset + self._position) if view else 0
+        if view and not count:
+            raise OSError(errno.EIO, "shorter than when its headers were read", str(self._file.name))
+        self._position += count
+        return count
 
 
 @lru_cache(maxsize=64)

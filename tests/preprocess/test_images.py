@@ -9,27 +9,36 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, WebPImagePlugin
 
+from preprocess import images
 from preprocess.config import ImageLimits
-from preprocess.images import Header, ImageError, decode, read_header, resize
+from preprocess.images import Header, ImageError, read_header, resize
 from shared.geometry import Geometry
 from tests.preprocess.inputs import encode, noise, png
 from tests.preprocess.reference import pillow_resized
 
 # What damaged files make Pillow say beside.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
 
 LIMITS = ImageLimits()
 ORIENTATION = 0x0112
 
 
 def header_of(data: bytes) -> Header:
-    return read_header(data, max_pixels=LIMITS.max_pixels, max_bytes=LIMITS.max_bytes)
+    return read_header(io.BytesIO(data), max_pixels=LIMITS.max_pixels, max_bytes=LIMITS.max_bytes)
+
+
+def decode(data: bytes) -> npt.NDArray[np.uint8]:
+    return images.decode(data, max_pixels=LIMITS.max_pixels)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -205,14 +214,65 @@ def test_an_animation_is_its_first_frame() -> None:
 def test_limits_are_exact_and_name_their_reason() -> None:
     data = png(10, 12)
     bounds = {"max_pixels": 120, "max_bytes": len(data)}
-    assert read_header(data, **bounds) == Header(10, 12)
+    assert read_header(io.BytesIO(data), **bounds) == Header(10, 12)
     for bound, reason in (
         ("max_pixels", "image_too_many_pixels"),
         ("max_bytes", "image_too_many_bytes"),
     ):
         with pytest.raises(ImageError, match=f"limit {bounds[bound] - 1}") as caught:
-            read_header(data, **{**bounds, bound: bounds[bound] - 1})
+            read_header(io.BytesIO(data), **{**bounds, bound: bounds[bound] - 1})
         assert caught.value.reason == reason
+
+
+def test_the_decode_holds_the_size_that_it_opens_against_the_limit() -> None:
+    data = png(10, 12)
+    assert images.decode(data, max_pixels=120).shape == (10, 12, 3)
+    with pytest.raises(ImageError, match="12 x 10 pixels, limit 119") as caught:
+        images.decode(data, max_pixels=119)
+    assert caught.value.reason == "image_too_many_pixels"
+
+
+def test_a_canvas_beyond_twice_the_limit_is_refused_before_there_is_memory_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the decoder of WebP takes a whole canvas")
+
+    before = Image.MAX_IMAGE_PIXELS
+    data = encode(noise(8, 20, 20), "WEBP")
+    monkeypatch.setattr(WebPImagePlugin._webp, "WebPAnimDecoder", refuse)
+    for read in (lambda: images.decode(data, max_pixels=199), lambda: header_within(data, max_pixels=199)):
+        with pytest.raises(ImageError) as caught:
+            read()
+        assert caught.value.reason == "image_too_many_pixels"
+    assert before == Image.MAX_IMAGE_PIXELS is not None  # of others who use Pillow in this process
+
+
+def header_within(data: bytes, max_pixels: int) -> Header:
+    return read_header(io.BytesIO(data), max_pixels=max_pixels, max_bytes=LIMITS.max_bytes)
+
+
+def test_an_icon_is_refused_because_opening_it_decodes_it() -> None:
+    with pytest.raises(ImageError, match="no header of JPEG, PNG") as caught:
+        header_of(encode(noise(9, 16, 16), "ICO"))
+    assert caught.value.reason == "image_unreadable"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_a_shortage_of_memory_and_a_failing_disk_are_no_faults_of_the_picture(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    data = png(10, 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_to_rgb", fail)
+        with pytest.raises(type(error)):
+            decode(data)
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(type(error)):
+        header_of(data)
 
 
 def test_no_bytes_and_no_picture_have_their_own_reasons() -> None:
@@ -308,7 +368,12 @@ def test_garbage_behind_a_jpeg_and_bad_exif_do_not_change_its_pixels(shared_data
 def test_a_header_is_read_without_decoding_a_pixel(
     shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = {**hostile_pictures(shared_data), "turned.png": encode(noise(3, 5, 7), exif=exif(6))}
+    formats = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+    pictures = {
+        **hostile_pictures(shared_data),
+        **{kind: encode(noise(3, 16, 16), kind) for kind in formats},
+        "turned.png": encode(noise(3, 5, 7), exif=exif(6)),
+    }
 
     def refuse(*_: object) -> None:
         raise AssertionError("a pixel was decoded")
@@ -328,6 +393,7 @@ def test_a_header_is_read_without_decoding_a_pixel(
         monkeypatch.setattr(Image, "_getdecoder", refuse)
     assert outcomes[0] == outcomes[1]
     assert outcomes[1]["turned.png"] == Header(7, 5)
+    assert [outcomes[1][kind] for kind in formats] == [Header(16, 16)] * 10 + ["image_unreadable"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
@@ -355,7 +421,7 @@ def test_a_damaged_picture_is_rejected_or_decoded_whole_and_never_fails_otherwis
                 for place in places.tolist():
                     broken[place] = rng.integers(0, 256)
             try:
-                header = read_header(bytes(broken), max_pixels=10_000, max_bytes=1 << 20)
+                header = read_header(io.BytesIO(broken), max_pixels=10_000, max_bytes=1 << 20)
                 assert decode(bytes(broken)).shape == (header.height, header.width, 3)
             except ImageError:
                 pass

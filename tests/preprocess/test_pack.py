@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_cost_is_linear_in_parameters_and_square_in_lengths() -> None:
     assert pack_cost([4, 6], [8], config) == linear + attention
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_broken_pictures_become_rejects_and_every_other_sample_is_packed(tmp_path: Path) -> None:
     samples = mixed_samples(40)
     broken = {
@@ -183,7 +185,7 @@ def test_a_picture_that_decodes_to_another_size_than_its_header_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = {"a": (png(8, 8), "one"), "b": (png(9, 16), "two")}
-    monkeypatch.setattr(pack_module, "decode", lambda data: noise(0, 8, 8))
+    monkeypatch.setattr(pack_module, "decode", lambda data, max_pixels: noise(0, 8, 8))
     config = make_config(tmp_path, write_samples(tmp_path / "a.tar", samples))
     assert run_job(config)["account"]["web"]["rejected"] == {"image_corrupt": 1}
     (reject,) = pq.read_table(Path(config.output) / "rejects.parquet").to_pylist()
@@ -225,7 +227,10 @@ class Documents:
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
         for number, (key, segments) in enumerate(json.loads(Path(unit).read_text())):
-            contents = [self._content(segment) for segment in segments]
+            contents = [
+                content if isinstance(content, str) else io.BytesIO(content)
+                for content in map(self._content, segments)
+            ]
             yield RawSample(
                 key, tuple(RawSegment(content, number, place) for place, content in enumerate(contents))
             )
@@ -319,6 +324,7 @@ def test_the_account_holds_to_the_unit_when_some_or_all_parts_of_a_cut_sample_fa
             "made": 2 + 3 + 2 + 3 + 3,
             "packed": 1 + 2 + 3,
             "rejected": {"image_corrupt": 1 + 1 + 2 + 3},
+            "incomplete_samples": {"image_corrupt": 2},
         },
     }
     rejects = pq.read_table(Path(config.output) / "rejects.parquet").to_pylist()

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from preprocess.config import SourceConfig
+from preprocess.images import Header, ImageError, read_header
 from preprocess.samples import RawSample, Reject
 from preprocess.sources import list_units
-from preprocess.sources.webdataset import WebDataset
+from preprocess.sources.webdataset import MAX_CAPTION_BYTES, Span, WebDataset
 from shared.errors import UserError
-from tests.preprocess.inputs import Members, write_tar
+from tests.preprocess.inputs import Members, encode, noise, png, write_tar
 
 PICTURE = b"the bytes of a picture, which nobody looks at here"
 
 
 def scan(path: Path, caption: str = "txt") -> list[RawSample | Reject]:
     return list(WebDataset("web", SourceConfig(paths=(str(path),), caption=caption)).scan(str(path)))
+
+
+def content(entry: RawSample | Reject) -> list[str | bytes]:
+    """What the segments of a sample hold, pictures read whole."""
+    assert isinstance(entry, RawSample)
+    return [s.content if isinstance(s.content, str) else s.content.read() for s in entry.segments]
+
+
+def picture_of(entry: RawSample | Reject) -> BinaryIO:
+    assert isinstance(entry, RawSample)
+    picture = entry.segments[0].content
+    assert not isinstance(picture, str)
+    return picture
 
 
 def captions(entries: list[RawSample | Reject]) -> dict[str, str]:
@@ -41,7 +60,7 @@ def test_members_of_one_key_are_one_sample_of_image_then_caption(tmp_path: Path)
     ]
     path = write_tar(tmp_path / "a.tar", members)
     entries = scan(path)
-    assert [(e.key, [s.content for s in e.segments]) for e in entries if isinstance(e, RawSample)] == [
+    assert [(e.key, content(e)) for e in entries] == [
         ("b", [b"other", "two"]),  # in order of first appearance
         ("a", [PICTURE, "one"]),
     ]
@@ -131,7 +150,7 @@ def test_a_key_that_comes_twice_is_used_once_and_counted_once(tmp_path: Path) ->
 def test_two_pictures_that_differ_in_the_case_of_their_extension_are_a_duplicate(tmp_path: Path) -> None:
     entries = scan(write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.JPG", b"2"), ("a.txt", b"x")]))
     assert reasons(entries) == [("a", "duplicate_key")]
-    assert isinstance(entries[0], RawSample) and entries[0].segments[0].content == b"1"
+    assert content(entries[0])[0] == b"1"
 
 
 def test_hidden_files_folders_and_links_are_not_members(tmp_path: Path) -> None:
@@ -150,7 +169,7 @@ def test_hidden_files_folders_and_links_are_not_members(tmp_path: Path) -> None:
             for member in more:
                 tar.addfile(member, more.extractfile(member))
     (entry,) = scan(path)
-    assert isinstance(entry, RawSample) and entry.key == "d/a" and entry.segments[0].content == PICTURE
+    assert entry.key == "d/a" and content(entry)[0] == PICTURE
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -168,6 +187,105 @@ def test_reads_by_offset_equal_tarfiles_own_extraction(tmp_path: Path, format: i
     with tarfile.open(path) as tar:
         expected = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
     assert found == expected and len(found) == 16
+
+
+class Reads:
+    """The bytes that were read from files by offset, counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_most: int = 1 << 40) -> None:
+        self.bytes = 0
+        pread, preadv = os.pread, os.preadv
+
+        def counted(file: int, size: int, offset: int) -> bytes:
+            data = pread(file, min(size, at_most), offset)
+            self.bytes += len(data)
+            return data
+
+        def counted_into(file: int, buffers: list[memoryview], offset: int) -> int:
+            self.bytes += (count := preadv(file, buffers, offset))
+            return count
+
+        monkeypatch.setattr(os, "pread", counted)
+        monkeypatch.setattr(os, "preadv", counted_into)
+
+
+def test_of_a_picture_the_scan_reads_its_header_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = encode(noise(0, 600, 600), "JPEG", quality=95)
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", picture), ("a.txt", b"x")])
+    reads = Reads(monkeypatch)
+    (entry,) = scan(path)
+    assert read_header(picture_of(entry), max_pixels=360_000, max_bytes=len(picture)) == Header(600, 600)
+    assert reads.bytes <= 2 * 8192 + 512 < len(picture) // 10
+
+
+def test_a_member_beyond_the_limit_is_refused_by_its_size_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.tar"
+    huge = tarfile.TarInfo("a.jpg")
+    huge.size = 5 << 30  # a hole in the file
+    caption = tarfile.TarInfo("b.txt")
+    caption.size = MAX_CAPTION_BYTES + 1
+    with path.open("wb") as file:
+        file.write(huge.tobuf())
+        file.truncate(512 + huge.size)
+    rest = [("a.txt", b"x"), ("b.jpg", PICTURE), ("b.txt", b"x" * caption.size)]
+    with path.open("ab") as file:
+        file.write(write_tar(tmp_path / "rest.tar", rest).read_bytes())
+    reads = Reads(monkeypatch)
+    first, second = scan(path)
+    file = picture_of(first)
+    with pytest.raises(ImageError, match=r"5368709120 bytes, limit 67108864") as caught:
+        read_header(file, max_pixels=100, max_bytes=64 << 20)
+    assert caught.value.reason == "image_too_many_bytes"
+    assert isinstance(second, Reject) and second.reason == "caption_too_many_bytes"
+    assert reads.bytes <= 1024
+
+
+def test_a_member_that_one_call_does_not_return_whole_is_read_in_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(range(256)) * 10
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", content), ("a.txt", b"x")])
+    Reads(monkeypatch, at_most=999)
+    source = WebDataset("web", SourceConfig(paths=(str(path),)))
+    (entry,) = source.scan(str(path))
+    assert isinstance(entry, RawSample)
+    assert source.read_bytes(str(path), entry.segments[0].offset, len(content)) == content
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 2), st.integers(-20_000, 40_000), st.sampled_from([None, -1, 0, 1, 9000, 1 << 60])
+        )
+    )
+)
+def test_a_span_reads_and_seeks_as_if_its_bytes_were_a_file_of_their_own(
+    steps: list[tuple[int, int, int | None]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "span"
+    content = noise(0, 100, 100).tobytes()
+    path.write_bytes(b"before" + content + b"behind")
+    span, expected = Span(io.FileIO(path), 6, len(content)), io.BytesIO(content)
+    for whence, offset, size in steps:
+        if (0, expected.tell(), len(content))[whence] + offset >= 0:
+            assert span.seek(offset, whence) == expected.seek(offset, whence)
+        assert span.read(size) == expected.read(size)
+        assert span.tell() == expected.tell()
+
+
+def test_a_file_that_shrinks_under_the_scan_is_an_error_of_the_system_and_no_broken_picture(
+    tmp_path: Path,
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"x"), ("a.jpg", png(9, 9))])
+    (entry,) = scan(path)
+    file = picture_of(entry)
+    os.truncate(path, 1600)  # header, caption, header, and 64 bytes of the picture
+    with pytest.raises(OSError, match="shorter than when its headers were read") as caught:
+        read_header(file, max_pixels=100, max_bytes=1000)
+    assert str(caught.value.filename) == str(path)
 
 
 # By hand from odd_samples.expect.json. What it leaves to policy is decided by the rules of the source.
