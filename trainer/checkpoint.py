@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from shared.config import require_at_least
 from shared.errors import UserError
 from shared.files import read_json, write_json
 from trainer.parallel.mesh import World
@@ -55,9 +56,7 @@ class CheckpointConfig:
     """Newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "every", "keep")
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

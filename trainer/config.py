@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shared.config import require_at_least
 from trainer.checkpoint import CheckpointConfig
 from trainer.metrics import LogConfig
 from trainer.models.llama import LlamaConfig
@@ -28,9 +29,7 @@ class BatchConfig:
     """B: packs in one forward on one rank; what it does not reach is accumulated."""
 
     def __post_init__(self) -> None:
-        for name in ("packs_per_step", "packs_per_microbatch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "packs_per_step", "packs_per_microbatch")
 
     def accumulation(self, dp_size: int) -> int:
         """Microbatches per step on each of `dp_size` data-parallel ranks."""
@@ -54,11 +53,8 @@ class EvalConfig:
     packs_per_microbatch: int = 1
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every must not be below 0, got {self.every}")
-        for name in ("packs", "packs_per_microbatch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 0, "every")
+        require_at_least(self, 1, "packs", "packs_per_microbatch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +79,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        require_at_least(self, 1, "steps")
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} leaves nothing of {self.steps} steps "

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.config import require_at_least
 from shared.files import atomic_path
 from trainer.parallel.mesh import World
 
@@ -35,9 +36,7 @@ class LogConfig:
     """Steps between lines that stay, on a terminal and in a log; at most one per reading."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "print_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "every", "print_every")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shared.config import require_at_least
+
 # Tables are looked up, not multiplied: decaying a row that a batch does not touch only forgets it.
 TABLES = ("embed_tokens.weight", "position_embedding.weight")
 
@@ -26,8 +28,7 @@ class OptimizerConfig:
         for name in ("lr", "eps", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be below 0, got {self.weight_decay}")
+        require_at_least(self, 0, "weight_decay")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
 
@@ -40,8 +41,7 @@ class ScheduleConfig:
     final_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be below 0, got {self.warmup_steps}")
+        require_at_least(self, 0, "warmup_steps")
         if not 0 <= self.final_ratio <= 1:
             raise ValueError(f"final_ratio must be in [0, 1], got {self.final_ratio}")
 

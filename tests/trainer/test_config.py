@@ -44,6 +44,12 @@ def test_accumulation_fills_the_global_batch() -> None:
         (["--schedule.warmup-steps", "200"], r"warmup_steps 200 leaves nothing of 200 steps"),
         (["--dtype", "float16"], r"'float16' is not one of float32, bfloat16"),
         (["--checkpoint.keep", "0"], r"\[checkpoint\] keep must be at least 1"),
+        (["--batch.packs-per-step", "0"], r"\[batch\] packs_per_step must be at least 1, got 0"),
+        (["--log.print-every", "0"], r"\[log\] print_every must be at least 1, got 0"),
+        (["--eval.every", "-1"], r"\[eval\] every must be at least 0, got -1"),
+        (["--decoder.num-kv-heads", "0"], r"\[decoder\] num_kv_heads must be at least 1, got 0"),
+        (["--encoder.position-grid", "0"], r"\[encoder\] position_grid must be at least 1, got 0"),
+        (["--optimizer.weight-decay", "-0.5"], r"\[optimizer\] weight_decay must be at least 0, got -0.5"),
     ],
 )
 def test_a_wrong_value_is_named(words: list[str], named: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from shared.geometry import Budget
 from tests.trainer.batches import Document, Picture
 from tests.trainer.datasets import write_dataset
 from trainer.data.batch import Batch
-from trainer.data.loader import Loader, Step
+from trainer.data.loader import STEPS_AHEAD, Loader, Step
 
 BUDGET = Budget(S=16, N=1, L=16)
 PACKS: list[list[Document]] = [[[Picture(2, 2, seed=n), 10 + n], [20 + n]] for n in range(10)]
@@ -27,18 +30,23 @@ def dataset_path(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", {"train": PACKS}, BUDGET)
 
 
+def new_loader(path: Path, *, device: str = "cpu", **settings: int) -> Loader:
+    """Steps from 0 on for one rank, `settings` on top."""
+    defaults = {"seed": 0, "packs_per_microbatch": 1, "accumulation": 1, "dp_rank": 0, "dp_size": 1}
+    merged: dict[str, Any] = {**defaults, "start_step": 0, **settings}
+    return Loader(open_dataset(path), split="train", device=torch.device(device), **merged)
+
+
 def load(
     path: Path, count: int, *, start: int = 0, rank: int = 0, ranks: int = 1, accumulation: int = 1
 ) -> list[Step]:
-    loader = Loader(
-        open_dataset(path),
-        split="train",
+    loader = new_loader(
+        path,
         seed=3,
         packs_per_microbatch=4 // (ranks * accumulation),
         accumulation=accumulation,
         dp_rank=rank,
         dp_size=ranks,
-        device=torch.device("cpu"),
         start_step=start,
     )
     try:
@@ -81,17 +89,7 @@ def test_counts_are_of_useful_labels_tokens_and_patches(dataset_path: Path) -> N
 
 
 def test_an_epoch_has_as_many_steps_as_packs_allow(dataset_path: Path) -> None:
-    loader = Loader(
-        open_dataset(dataset_path),
-        split="train",
-        seed=0,
-        packs_per_microbatch=2,
-        accumulation=2,
-        dp_rank=0,
-        dp_size=1,
-        device=torch.device("cpu"),
-        start_step=0,
-    )
+    loader = new_loader(dataset_path, packs_per_microbatch=2, accumulation=2)
     loader.close()
     assert (loader.packs_total, loader.packs_per_step, loader.steps_per_epoch) == (10, 4, 2.5)
 
@@ -102,17 +100,55 @@ def test_a_missing_shard_is_an_error_in_the_consumer_that_names_it(dataset_path:
         load(dataset_path, 1)
 
 
+def test_the_thread_stays_only_a_few_steps_ahead(dataset_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, original = [], Loader._load
+
+    def counted(self: Loader, index: int) -> Any:
+        loaded.append(index)
+        return original(self, index)
+
+    def settled() -> int:
+        """Steps loaded when no more came for a quarter of a second."""
+        count = -1
+        while count < len(loaded) < 50:
+            count = len(loaded)
+            time.sleep(0.25)
+        return len(loaded)
+
+    monkeypatch.setattr(Loader, "_load", counted)
+    loader = new_loader(dataset_path)
+    try:
+        # Two are ready, and a third is in the hand of the thread; with each one taken comes one more.
+        assert settled() == STEPS_AHEAD + 1 == 3
+        assert [step.index for step in itertools.islice(loader, 2)] == [0, 1]
+        assert settled() == 5
+    finally:
+        loader.close()
+
+
+def test_the_thread_works_on_the_device_of_its_rank_before_it_pins(
+    dataset_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def record(what: str) -> None:
+        calls.append((what, threading.current_thread().name))
+
+    def load_nothing(self: Loader, index: int) -> None:
+        record("load")
+        raise UserError("nothing to load")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: record(str(device)))
+    monkeypatch.setattr(Loader, "_load", load_nothing)
+    loader = new_loader(dataset_path, device="cuda:1")
+    with pytest.raises(UserError, match="nothing to load"):
+        next(iter(loader))
+    loader.close()
+    assert calls == [("cuda:1", "loader"), ("load", "loader")]
+
+
 def test_closing_ends_the_thread_even_when_nobody_takes_its_steps(dataset_path: Path) -> None:
-    loader = Loader(
-        open_dataset(dataset_path),
-        split="train",
-        seed=0,
-        packs_per_microbatch=1,
-        accumulation=1,
-        dp_rank=0,
-        dp_size=1,
-        device=torch.device("cpu"),
-        start_step=0,
-    )
+    loader = new_loader(dataset_path)
     loader.close()
     assert not loader._thread.is_alive()

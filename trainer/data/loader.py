@@ -103,6 +103,9 @@ class Loader:
 
     def _produce(self, step: int) -> None:
         try:
+            if self._device.type == "cuda":
+                # The current device belongs to the thread: without this, every rank would pin on device 0.
+                torch.cuda.set_device(self._device)
             while not self._stopped.is_set():
                 self._ready.put(self._load(step))
                 step += 1

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from shared.config import require_at_least
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectorConfig:
@@ -19,9 +21,7 @@ class ProjectorConfig:
     layer_norm: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("merge", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "merge", "hidden_size")
 
 
 class Projector(nn.Module):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from shared.config import require_at_least
 from shared.geometry import CHANNELS
 from trainer.attention import attention
 
@@ -36,10 +37,8 @@ class Siglip2Config:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "patch_size", "position_grid")
-        for name in (*sizes, "temporal_patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        require_at_least(self, 1, "patch_size", "temporal_patch_size", "position_grid")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         if self.layer_norm_eps <= 0:
