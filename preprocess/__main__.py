@@ -8,19 +8,23 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from preprocess import synthetic
 from preprocess.config import PreprocessConfig
 from preprocess.inspect import describe_pack, find_sample, pack_record
-from preprocess.job import Job, make_executor, run_job
 from preprocess.report.stats import print_report
 from preprocess.verify import verify_dataset
 from shared.config import load_config
 from shared.dataset import open_dataset
 from shared.errors import UserError, closest
 from shared.files import read_json
+
+if TYPE_CHECKING:
+    from preprocess.job import Job
+
+# What a command needs beyond this is imported by it: reading a report takes no torch, no Ray and no tokenizer.
 
 USAGE = """usage: python -m preprocess COMMAND ...
 
@@ -90,6 +94,8 @@ def _dataset(words: list[str]) -> Path:
 
 
 def _run(words: list[str], as_json: bool) -> int:
+    from preprocess.job import run_job
+
     config = _config(words)
     stats = run_job(config)
     if as_json:
@@ -101,40 +107,36 @@ def _run(words: list[str], as_json: bool) -> int:
 
 
 def _scan(words: list[str], as_json: bool) -> int:
+    from preprocess.job import open_executor, open_job
+
     config = _config(words)
-    job = Job(config)
-    job.prepare()
-    executor = make_executor(config)
-    try:
+    with open_job(config) as job, open_executor(config) as executor:
         job.scan(executor)
-    finally:
-        executor.close()
     _say({"index": f"{config.output}/index", "units": len(job.units)}, as_json)
     return 0
 
 
 def _plan(words: list[str], as_json: bool) -> int:
+    from preprocess.job import open_job
+
     config = _config(words)
-    job = Job(config)
-    job.prepare()
-    _require_index(job)
-    plan = job.plan()
+    with open_job(config) as job:
+        _require_index(job)
+        plan = job.plan()
     packs = sum(shard["packs"] for shard in plan["shards"])
     _say({"plan": f"{config.output}/plan", "shards": len(plan["shards"]), "packs": packs}, as_json)
     return 0
 
 
 def _pack(words: list[str], as_json: bool) -> int:
+    from preprocess.job import open_executor, open_job
+
     config = _config(words)
-    job = Job(config)
-    job.prepare()
-    _require_index(job)
-    executor = make_executor(config)
-    try:
-        job.pack(executor)
-    finally:
-        executor.close()
-    stats = job.finish()
+    with open_job(config) as job:
+        _require_index(job)
+        with open_executor(config) as executor:
+            job.pack(executor)
+        stats = job.finish()
     _say({"dataset": config.output, "fill": stats["fill"]}, as_json)
     return 0
 
@@ -149,11 +151,7 @@ def _require_index(job: Job) -> None:
 
 def _report(words: list[str], as_json: bool) -> int:
     path = _dataset(words) / "report" / "stats.json"
-    if not path.is_file():
-        raise UserError(
-            f"data set {words[0]}: no report/stats.json; run `python -m preprocess run` to its end"
-        )
-    stats = read_json(path)
+    stats = read_json(path, mend="run `python -m preprocess run` to its end")
     if as_json:
         print(json.dumps(stats))
     else:
@@ -192,6 +190,8 @@ def _inspect(words: list[str], as_json: bool) -> int:
 
 
 def _synthesize(words: list[str], as_json: bool) -> int:
+    from preprocess import synthetic
+
     synthetic.main([*words, *(["--json"] if as_json else [])])
     return 0
 

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from preprocess.plan import IndexedUnit
+from preprocess.index import IndexedUnit, read_index
 from preprocess.samples import Reject
-from preprocess.scan import read_index
+from shared.tables import read_table
 
 
 @dataclass(slots=True)
@@ -35,10 +34,17 @@ class SourceAccount:
     parts_made: int = 0
     parts_packed: int = 0
     parts_rejected: Counter[str] = field(default_factory=Counter[str])
+    # Samples of `split_parts` that lost one of their parts.
+    incomplete: Counter[str] = field(default_factory=Counter[str])
 
     @property
     def num_rejected(self) -> int:
         return sum(self.rejected.values())
+
+    @property
+    def losses(self) -> list[str]:
+        """A reason for every sample that is not trained on as a whole: what the ceiling counts."""
+        return [*self.rejected.elements(), *self.incomplete.elements()]
 
     def imbalance(self) -> str | None:
         """None when both equations hold, else the one that does not."""
@@ -59,6 +65,7 @@ class SourceAccount:
                 "made": self.parts_made,
                 "packed": self.parts_packed,
                 "rejected": dict(sorted(self.parts_rejected.items())),
+                "incomplete_samples": dict(sorted(self.incomplete.items())),
             },
         }
 
@@ -76,7 +83,8 @@ def scan_rejects(units: Sequence[IndexedUnit]) -> tuple[dict[str, int], list[Rej
 
 
 def read_rejects(path: Path) -> list[Reject]:
-    return [Reject(**row) for row in pq.read_table(path).to_pylist()]
+    table = read_table(path, mend="delete the plan/ directory beside it and run again")
+    return [Reject(**row) for row in table.to_pylist()]
 
 
 def settle(
@@ -114,4 +122,6 @@ def settle(
         if len(failures) == failures[0][1]:  # every part failed: nothing of the sample is left
             accounts[name].split_parts -= 1
             accounts[name].rejected[failures[0][0]] += 1
+        else:
+            accounts[name].incomplete[failures[0][0]] += 1
     return accounts, rejects

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,8 +19,9 @@ class SourceConfig:
     # "txt": the .txt member. "json:FIELD": a field of the .json member.
     caption: str = "txt"
     # What happens to a sample that does not fit one pack: cut at token borders, or rejected by name of budget.
-    too_long: Literal["split", "reject"] = "split"
-    # The job stops when more than this share of a source's samples is rejected in one pass.
+    # A caption longer than a pack is no caption, and cut off from its picture it teaches nothing.
+    too_long: Literal["split", "reject"] = "reject"
+    # The job stops when more than this share of a source's samples is rejected, or loses a part.
     max_reject_rate: float = 0.05
 
     def __post_init__(self) -> None:
@@ -121,6 +123,11 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for name in self.sources:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(
+                    f"source name {name!r}: use letters, digits, _ and - (it becomes a directory)"
+                )
         if self.retries < 0:
             raise ValueError(f"retries must be at least 0, got {self.retries}")
         if not self.sources:

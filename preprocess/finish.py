@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,9 @@ from rich.console import Console
 
 from preprocess.account import SourceAccount, read_rejects, scan_rejects, settle
 from preprocess.config import SourceConfig
-from preprocess.plan import IndexedUnit, reject_table
+from preprocess.identity import made_by
+from preprocess.index import IndexedUnit
+from preprocess.plan import reject_table
 from preprocess.report.stats import collect_stats, print_report
 from preprocess.samples import Reject
 from shared.dataset import MANIFEST, fingerprint_of
@@ -82,8 +82,7 @@ def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str,
     for name, account in accounts.items():
         if fault := account.imbalance():
             raise RuntimeError(f"account of source {name!r} does not balance: {fault}")
-        reasons = list(account.rejected.elements())
-        check_reject_rate(name, reasons, account.read, sources[name].max_reject_rate, "job")
+        check_reject_rate(name, account.losses, account.read, sources[name].max_reject_rate, "job")
 
 
 def _write_side_files(output: Path, rejects: Sequence[Reject], tokenizer: Path) -> None:
@@ -123,15 +122,5 @@ def _manifest(
         "totals": {key: sum(line[key] for line in lines) for key in counted},
         "fill": stats["fill"],
         "account": stats["account"],
-        "made_by": _versions(),
+        "made_by": made_by(),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -1,25 +1,29 @@
 """Whose work lies in an output directory: what each pass depends on, kept beside what it wrote.
 
-    index/identity.json   inputs, tokenizer, geometry, limits          a change makes everything again
-    plan/identity.json    all that, budget, packing rules and seed     a change keeps the index
+    index/identity.json   inputs, tokenizer, geometry, limits, library versions   a change makes all again
+    plan/identity.json    all that, budget, packing rules and seed                a change keeps the index
 
-Work of another identity is refused, or thrown away with `on_change = "rebuild"`.
+An input is known by its path, size and time of change. Work of another identity is refused, or thrown away
+with `on_change = "rebuild"`.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from preprocess.config import PreprocessConfig
-from preprocess.plan import IndexedUnit
+from preprocess.index import IndexedUnit
 from shared.config import to_dict
 from shared.dataset import MANIFEST
 from shared.errors import UserError
-from shared.files import read_json, write_json
+from shared.files import canonical_json, read_json, sha256, write_json
+from shared.schema import FORMAT_VERSION
 
 IDENTITY = "identity.json"
 
@@ -38,8 +42,25 @@ def scan_identity(
             for name, source in settings["sources"].items()
         },
         "tokenizer_sha256": tokenizer_sha256,
-        "inputs": [[unit.source, unit.unit, os.path.getsize(unit.unit)] for unit in units],
+        "inputs": [[unit.source, unit.unit, *_stat(unit.unit)] for unit in units],
+        "made_by": made_by(),
     }
+
+
+def _stat(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def made_by() -> dict[str, str]:
+    """Versions of what decides the bytes of a data set."""
+    found = {"python": platform.python_version(), "format": str(FORMAT_VERSION)}
+    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +71,11 @@ def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, A
         "rules": {name: source["too_long"] for name, source in settings["sources"].items()},
         **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec")},
     }
+
+
+def short_hash(identity: dict[str, Any]) -> str:
+    """What the results of a plan carry, so that those of another plan are never taken for its own."""
+    return sha256(canonical_json(identity))[:16]
 
 
 def claim(

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from shared.dataset import DataSet
 from shared.errors import UserError
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE
-from shared.tokens import TextTokenizer, load_tokenizer
+from shared.tables import read_table
+from shared.tokens import TextTokenizer, reopen_tokenizer
 
 Record = dict[str, Any]
+MEND = "copy the data set again"
 
 
 def find_sample(dataset: DataSet, key: str, source: str = "") -> tuple[list[tuple[str, int]], list[Record]]:
@@ -36,7 +37,7 @@ def find_sample(dataset: DataSet, key: str, source: str = "") -> tuple[list[tupl
     wanted = pc.field("key") == key
     if source:
         wanted &= pc.field("source") == source
-    rejects = pq.read_table(dataset.path / "rejects.parquet", filters=wanted).to_pylist()
+    rejects = read_table(dataset.path / "rejects.parquet", mend=MEND, filters=wanted).to_pylist()
     if not places and not rejects:
         raise UserError(
             f"data set {dataset.path}: no sample {key!r}{f' in {source!r}' if source else ''}; keys are "
@@ -48,7 +49,7 @@ def find_sample(dataset: DataSet, key: str, source: str = "") -> tuple[list[tupl
 def _keys_of_packs(dataset: DataSet, split: str) -> Iterator[list[tuple[str, str]]]:
     """(source, key) of the documents of every pack of a split."""
     for shard in (entry for entry in dataset.shards if entry.split == split):
-        table = pq.read_table(dataset.path / "shards" / shard.name, columns=["documents"])
+        table = read_table(dataset.path / "shards" / shard.name, mend=MEND, columns=["documents"])
         lists: pa.ListArray = table["documents"].combine_chunks()
         fields = lists.flatten()
         pairs = list(zip(fields.field("source").to_pylist(), fields.field("key").to_pylist(), strict=True))
@@ -73,7 +74,7 @@ def pack_record(dataset: DataSet, split: str, number: int) -> Record:
     for entry in pack.images:
         image = {name: int(entry[name]) for name in IMAGE_DTYPE.names or ()}
         images.append({**image, "tokens": image["t"] * image["h"] * image["w"] // per_token})
-    tokenizer = load_tokenizer(dataset.path / "tokenizer")
+    tokenizer = reopen_tokenizer(dataset.path / "tokenizer", dataset.tokens)
     documents = [
         {
             **asdict(document),

@@ -6,7 +6,9 @@ kept beside its output (`preprocess.identity`), so that nothing of another run i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +18,17 @@ from preprocess.account import scan_rejects
 from preprocess.config import PreprocessConfig
 from preprocess.executor import Executor, SerialExecutor
 from preprocess.finish import check_reject_rate, finish
-from preprocess.identity import claim, plan_identity, scan_identity
+from preprocess.identity import claim, plan_identity, scan_identity, short_hash
+from preprocess.index import IndexedUnit
 from preprocess.pack import PackTask, pack_shard
-from preprocess.plan import PLAN_SUMMARY, IndexedUnit, make_plan
+from preprocess.plan import PLAN_SUMMARY, make_plan
 from preprocess.progress import track
 from preprocess.scan import ScanUnit, scan_unit
 from preprocess.sources import list_units
 from shared.config import to_toml
 from shared.dataset import MANIFEST, describe_contract, fingerprint_of
 from shared.errors import UserError
-from shared.files import atomic_path, read_json, remove_temporaries
+from shared.files import atomic_path, lock_directory, read_json, remove_temporaries
 from shared.tokens import TextTokenizer, load_tokenizer
 
 # What a job writes below its output: nothing else there is ever touched.
@@ -62,27 +65,25 @@ class Job:
             for number, unit in enumerate(list_units(name, source))
         ]
 
-    def prepare(self) -> None:
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the shards depend on; its part `scan` is all that the index depends on."""
+        scan = scan_identity(self.config, self.units, self.tokenizer.ids.tokenizer_sha256)
+        return plan_identity(self.config, scan)
+
+    def prepare(self, identity: dict[str, Any]) -> None:
         """Check the settings against an earlier run in the same directory before any work is done.
 
         Raises:
-            UserError: an input is missing, or the directory holds work of other settings.
+            UserError: the directory holds work of other settings.
         """
-        scan = scan_identity(self.config, self.units, self.tokenizer.ids.tokenizer_sha256)
-        plan = plan_identity(self.config, scan)
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"output {self.output}: cannot be made ({error.strerror}); choose another"
-            ) from None
         for name in DIRECTORIES:
             remove_temporaries(self.output / name)
         for name in FILES:
             remove_temporaries(self.output, f"{name}.*")
-        on_change = self.config.on_change
+        scan, on_change = identity["scan"], self.config.on_change
         claim(self.output, "index", scan, stale=("index", "plan", "shards"), on_change=on_change)
-        claim(self.output, "plan", plan, stale=("plan", "shards"), on_change=on_change)
+        claim(self.output, "plan", identity, stale=("plan", "shards"), on_change=on_change)
         with atomic_path(self.output / "config.toml") as temporary:
             temporary.write_text(to_toml(self.config), encoding="utf-8")
 
@@ -92,9 +93,9 @@ class Job:
             ScanUnit(
                 source=unit.source,
                 config=self.config.sources[unit.source],
-                unit=unit.unit,
-                output=unit.path,
-                tokenizer=Path(self.config.tokenizer),
+                unit=os.path.abspath(unit.unit),  # a worker has a directory of its own
+                output=unit.path.absolute(),
+                tokenizer=Path(self.config.tokenizer).absolute(),
                 tokens=self.config.tokens,
                 geometry=self.config.geometry,
                 limits=self.config.limits,
@@ -127,27 +128,34 @@ class Job:
         return read_json(summary)
 
     def pack(self, executor: Executor) -> None:
-        """Write every shard that is not there."""
-        shards = self.plan()["shards"]
-        tasks = [
-            PackTask(
-                plan=self.output / "plan" / shard["name"],
-                output=self.output / "shards" / shard["name"],
-                result=self._result_path(shard["name"]),
-                sources=self.config.sources,
-                tokenizer=Path(self.config.tokenizer),
-                tokens=self.config.tokens,
-                budget=self.config.budget,
-                geometry=self.config.geometry,
-                limits=self.config.limits,
-                cost=self.config.cost,
-                fingerprint=fingerprint_of(self.contract),
-            )
-            for shard in shards
-            if not (self.output / "shards" / shard["name"]).exists()
-            or not self._result_path(shard["name"]).exists()
-        ]
-        _run(executor, pack_shard, tasks, label="pack", total=len(shards))
+        """Write every shard that is not there, or not whole, or of another plan."""
+        names = [shard["name"] for shard in self.plan()["shards"]]
+        tasks = [self._pack_task(name) for name in names if not self._is_packed(name)]
+        _run(executor, pack_shard, tasks, label="pack", total=len(names))
+
+    def _pack_task(self, name: str) -> PackTask:
+        return PackTask(
+            plan=(self.output / "plan" / name).absolute(),
+            output=(self.output / "shards" / name).absolute(),
+            result=self._result_path(name).absolute(),
+            sources=self.config.sources,
+            tokenizer=Path(self.config.tokenizer).absolute(),
+            tokens=self.config.tokens,
+            budget=self.config.budget,
+            geometry=self.config.geometry,
+            limits=self.config.limits,
+            cost=self.config.cost,
+            fingerprint=fingerprint_of(self.contract),
+            directory=os.getcwd(),
+            identity=short_hash(self.identity),
+        )
+
+    def _is_packed(self, name: str) -> bool:
+        shard, result = self.output / "shards" / name, self._result_path(name)
+        if not shard.exists() or not result.exists():
+            return False
+        made = read_json(result)
+        return made["identity"] == short_hash(self.identity) and made["bytes"] == shard.stat().st_size
 
     def finish(self) -> dict[str, Any]:
         """Settle the account and write what makes a data set of the shards; return the statistics."""
@@ -166,18 +174,35 @@ class Job:
         return self.output / "plan" / f"{shard.removesuffix('.parquet')}.result.json"
 
 
+@contextmanager
+def open_job(config: PreprocessConfig) -> Generator[Job, None, None]:
+    """The job of a config, ready for its passes, its output directory held by this process alone."""
+    job = Job(config)
+    identity = (
+        job.identity
+    )  # reads tokenizer and inputs: what is wrong with them ends here, before anything is made
+    with lock_directory(job.output, "preprocessing"):
+        job.prepare(identity)
+        yield job
+
+
 def run_job(config: PreprocessConfig) -> dict[str, Any]:
     """The whole job; returns the statistics of the finished data set."""
-    job = Job(config)
-    job.prepare()
+    with open_job(config) as job:
+        with open_executor(config) as executor:
+            job.scan(executor)
+            job.plan()
+            job.pack(executor)
+        return job.finish()
+
+
+@contextmanager
+def open_executor(config: PreprocessConfig) -> Generator[Executor, None, None]:
     executor = make_executor(config)
     try:
-        job.scan(executor)
-        job.plan()
-        job.pack(executor)
+        yield executor
     finally:
         executor.close()
-    return job.finish()
 
 
 def make_executor(config: PreprocessConfig) -> Executor:
@@ -199,4 +224,8 @@ def _run(
         raise UserError(
             f"{label}: {error.filename or 'a file'}: {error.strerror or error}; when that is mended, the same "
             f"command goes on where it stopped"
+        ) from None
+    except MemoryError:
+        raise UserError(
+            f"{label}: out of memory; lower limits.max_pixels or --ray.workers, the same command goes on"
         ) from None

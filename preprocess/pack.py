@@ -9,6 +9,7 @@ workers, after any interruption. A picture that cannot be decoded rejects its pi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from preprocess.config import CostConfig, ImageLimits, SourceConfig
 from preprocess.cost import pack_cost
@@ -31,6 +31,7 @@ from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
+from shared.tables import read_table
 from shared.tokens import TokenNames
 
 
@@ -49,6 +50,16 @@ class PackTask:
     limits: ImageLimits
     cost: CostConfig
     fingerprint: str
+    # Relative raw paths of the plan are below this directory, whatever the worker's own is.
+    directory: str
+    # Hash of what the plan was made from; the result carries it.
+    identity: str
+
+    def __str__(self) -> str:
+        return str(self.output)
+
+    def unit_path(self, unit: str) -> str:
+        return os.path.join(self.directory, unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +132,7 @@ def pack_shard(task: PackTask) -> int:
             totals["documents"] += len(documents)
         writer.close()
         result = {
+            "identity": task.identity,
             "packs": writer.num_packs,
             "bytes": temporary.stat().st_size,
             "checksum": file_checksum(temporary),
@@ -134,7 +146,8 @@ def pack_shard(task: PackTask) -> int:
 
 def _read_plan(path: Path) -> Iterator[list[Piece]]:
     """The pieces of each pack, in order."""
-    rows = pq.read_table(path, schema=PLAN_SCHEMA).to_pylist()
+    mend = "delete the plan/ directory and run again, it will be planned again"
+    rows = read_table(path, mend=mend, schema=PLAN_SCHEMA).to_pylist()
     current: list[Piece] = []
     number = 0
     for row in rows:
@@ -152,7 +165,9 @@ def _load_pieces(pieces: Sequence[Piece], task: PackTask) -> tuple[list[PackedPi
     """Tokens and resized pictures of the pieces of one pack; those with a broken picture become rejects."""
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
     texts = [
-        open_source(piece.source, task.sources[piece.source]).read_text(piece.unit, s.offset, s.size)
+        open_source(piece.source, task.sources[piece.source]).read_text(
+            task.unit_path(piece.unit), s.offset, s.size
+        )
         for piece in pieces
         for s in piece.segments
         if s.kind == TEXT
@@ -186,7 +201,7 @@ def _load_images(piece: Piece, starts: Sequence[int], task: PackTask) -> list[Pl
     begins = starts[piece.first_image : piece.last_image]
     placed: list[PlacedImage] = []
     for image, begin, row in zip(images, begins, piece.rows, strict=True):
-        data = source.read_bytes(piece.unit, image.offset, image.size)
+        data = source.read_bytes(task.unit_path(piece.unit), image.offset, image.size)
         rgb = decode(data, max_pixels=task.limits.max_pixels)
         if rgb.shape[:2] != (image.height, image.width):
             raise ImageError(

@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from preprocess.config import PlanConfig, SourceConfig
+from preprocess.index import IndexedUnit, read_index
 from preprocess.packing import pack_pieces
 from preprocess.samples import IMAGE, REJECT_SCHEMA, SEGMENTS_TYPE, IndexSegment, Reject
-from preprocess.scan import read_index
 from preprocess.stream import Part, split_sample
 from shared.arrays import runs
 from shared.files import atomic_path, write_json
@@ -50,15 +50,6 @@ PLAN_SCHEMA = pa.schema(
         ("segments", SEGMENTS_TYPE),
     ]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class IndexedUnit:
-    """One scanned file: `path` is its index file."""
-
-    source: str
-    unit: str
-    path: Path
 
 
 @dataclass(slots=True)

@@ -21,6 +21,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 import ray.exceptions
 
+from shared.errors import UserError
+
 U = TypeVar("U")
 R = TypeVar("R")
 
@@ -34,13 +36,20 @@ class RayExecutor:
         self._config = config
         self._retries = retries
         local: dict[str, Any] = {"num_cpus": config.workers or None, "include_dashboard": False}
-        ray.init(
-            address=config.address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            configure_logging=True,
-            **({} if config.address else local),
-        )
+        try:
+            ray.init(
+                address=config.address or "local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                configure_logging=True,
+                **({} if config.address else local),
+            )
+        except (ConnectionError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"ray: no cluster at {config.address or 'this machine'} ({reason}); correct --ray.address, or run "
+                f"with --executor serial"
+            ) from None
 
     def map(self, function: Callable[[U], R], units: Sequence[U]) -> Iterator[R]:
         """Results in order of completion. OSError, MemoryError and lost workers are tried again, the rest is raised."""
@@ -51,17 +60,14 @@ class RayExecutor:
         )
         workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
         limit = workers * (1 + self._config.queued_per_worker)
-        waiting = iter(units)
-        running: list[Any] = []
+        running: dict[Any, U] = {}
         try:
-            for unit in waiting:
-                running.append(remote.remote(unit))
+            for unit in units:
+                running[remote.remote(unit)] = unit
                 if len(running) >= limit:
-                    done, running = ray.wait(running, num_returns=1)
-                    yield self._result(done[0])
+                    yield self._next_result(running)
             while running:
-                done, running = ray.wait(running, num_returns=1)
-                yield self._result(done[0])
+                yield self._next_result(running)
         finally:
             for reference in running:
                 ray.cancel(reference)
@@ -69,9 +75,17 @@ class RayExecutor:
     def close(self) -> None:
         ray.shutdown()
 
-    def _result(self, reference: Any) -> Any:
+    def _next_result(self, running: dict[Any, Any]) -> Any:
+        """Wait for one of the running units, take it out and return its result."""
+        (reference,), _ = ray.wait(list(running), num_returns=1)
+        unit = running.pop(reference)
         try:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise (cause if isinstance(cause, Exception) else error) from None
+        except ray.exceptions.RayError as error:  # the worker was lost: crash, out of memory, node gone
+            raise UserError(
+                f"{unit}: its worker died {self._retries + 1} times ({type(error).__name__}); take that input out, or "
+                f"give the workers more memory"
+            ) from None

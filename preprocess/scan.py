@@ -45,6 +45,9 @@ class ScanUnit:
     geometry: Geometry
     limits: ImageLimits
 
+    def __str__(self) -> str:
+        return self.unit
+
 
 def scan_unit(task: ScanUnit) -> int:
     """Write the index file of one unit; return the number of samples read.
@@ -66,10 +69,6 @@ def scan_unit(task: ScanUnit) -> int:
 def cached_tokenizer(directory: Path, names: TokenNames) -> TextTokenizer:
     """One tokenizer per process and directory: loading a large one takes a second."""
     return load_tokenizer(directory, names)
-
-
-def read_index(path: Path) -> pa.Table:
-    return pq.read_table(path, schema=INDEX_SCHEMA)
 
 
 Outcome = list[IndexSegment] | Reject

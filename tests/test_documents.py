@@ -115,18 +115,32 @@ def test_every_entry_of_the_tree_exists() -> None:
         assert (ROOT / entry).exists(), entry
 
 
-def test_make_has_the_targets_that_the_documents_name() -> None:
+def test_make_has_every_target_that_a_document_names() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {
-        target
-        for name in ("README.md", "CONTRIBUTING.md", "pipelines.md", ".ci/run")
-        for target in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)?)\b", (ROOT / name).read_text(encoding="utf-8"))
-        if target in {"setup", "demo", "demo-short", "test", "test-slow", "check"}
-    }
-    assert {"demo", "test"} <= named <= targets
+    text = "".join(
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "pipelines.md")
+    )
+    # As a command: in a code span or behind a prompt.
+    named = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", text))
+    assert {"demo", "test", "check"} <= named <= targets
+    assert set(re.findall(r"^make ([a-z-]+)", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE)) <= targets
 
 
 def test_links_between_documents_lead_somewhere() -> None:
     for document in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
             assert (ROOT / target).exists(), f"{document.name}: {target}"
+
+
+def test_no_document_or_config_waits_for_a_number() -> None:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("configs/*/*.toml"), *ROOT.glob("benchmarks/*.md")]:
+        text = path.read_text(encoding="utf-8")
+        assert text.strip(), path.name
+        assert not re.search(r"@[A-Z]+@|TODO|FIXME|XXX", text), path.name
+
+
+def test_every_config_says_its_command_its_cost_and_its_result() -> None:
+    for path in ROOT.glob("configs/*/*.toml"):
+        header = path.read_text(encoding="utf-8").split("\n\n[")[0]
+        comment = "\n".join(line for line in header.splitlines() if line.startswith("#"))
+        assert "# Cost and result: " in comment, path.name

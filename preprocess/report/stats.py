@@ -11,9 +11,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from preprocess.plan import IndexedUnit
+from preprocess.index import IndexedUnit, read_index
 from preprocess.samples import IMAGE
-from preprocess.scan import read_index
 from shared.geometry import Budget
 
 PERCENTILES = (5, 50, 95, 100)
@@ -111,7 +110,8 @@ def print_report(stats: Mapping[str, Any], console: Console) -> None:
     console.print(splits)
     account = _table("source", "read", "packed", "in parts", "rejected", "reasons")
     for name, line in stats["account"].items():
-        reasons = ", ".join(f"{reason} {count}" for reason, count in line["rejected"].items())
+        lost = {**line["rejected"], **{f"part: {k}": v for k, v in line["parts"]["rejected"].items()}}
+        reasons = ", ".join(f"{reason} {count}" for reason, count in lost.items())
         rejected = sum(line["rejected"].values())
         numbers = [line["read"], line["packed"], line["split_parts"], rejected]
         account.add_row(name, *(f"{number:,}" for number in numbers), reasons or "-")

@@ -82,9 +82,12 @@ class WebDataset:
     def _sample(self, unit: str, group: _Group) -> RawSample | Reject:
         if group.repeated:
             return self._reject(group.key, "duplicate_key", "the tar holds this key twice; the first is used")
-        image = next((place for name, place in group.members.items() if name in IMAGE_EXTENSIONS), None)
-        if image is None:
-            return self._reject(group.key, "no_image", f"members: {', '.join(group.members) or 'none'}")
+        images = [place for name, place in group.members.items() if name in IMAGE_EXTENSIONS]
+        if len(images) != 1:
+            # A caption says nothing of which picture it belongs to.
+            reason = "several_images" if images else "no_image"
+            return self._reject(group.key, reason, f"members: {', '.join(group.members) or 'none'}")
+        image = images[0]
         caption = group.members.get(self._caption)
         if caption is None:
             return self._reject(group.key, "no_caption", f"no .{self._caption} member")

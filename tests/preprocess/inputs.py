@@ -83,7 +83,12 @@ def byte_tokenizer(directory: Path) -> Path:
 
 def make_config(directory: Path, *paths: Path, **changes: Any) -> PreprocessConfig:
     """A config of one source "web" over `paths`, all of it below `directory`."""
-    source = {"paths": tuple(map(str, paths)), "max_reject_rate": 1.0, **changes.pop("source", {})}
+    source = {
+        "paths": tuple(map(str, paths)),
+        "too_long": "split",
+        "max_reject_rate": 1.0,
+        **changes.pop("source", {}),
+    }
     settings: dict[str, Any] = {
         "output": str(directory / "out"),
         "tokenizer": str(byte_tokenizer(directory / "tokenizer")),

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocess.account import SourceAccount, scan_rejects, settle
-from preprocess.plan import IndexedUnit
+from preprocess.index import IndexedUnit
 from preprocess.samples import INDEX_SCHEMA, Reject
 
 NOTHING = {"whole": 0, "split": 0, "parts": 0}
@@ -49,7 +49,7 @@ def test_rejects_of_scan_plan_and_pack_and_two_sources_balance_to_the_unit() -> 
         "packed": 5,
         "split_parts": 0,
         "rejected": {"exceeds_L": 1, "image_corrupt": 1, "no_image": 1},
-        "parts": {"made": 0, "packed": 0, "rejected": {}},
+        "parts": {"made": 0, "packed": 0, "rejected": {}, "incomplete_samples": {}},
     }
     assert accounts["chat"].as_dict()["rejected"] == {"no_image": 1}
     assert [account.imbalance() for account in accounts.values()] == [None, None]
@@ -70,7 +70,12 @@ def test_a_cut_sample_counts_as_split_until_its_last_part_fails() -> None:
         "packed": 1,
         "split_parts": 1,
         "rejected": {"image_corrupt": 1},
-        "parts": {"made": 5, "packed": 2, "rejected": {"image_corrupt": 2, "image_unreadable": 1}},
+        "parts": {
+            "made": 5,
+            "packed": 2,
+            "rejected": {"image_corrupt": 2, "image_unreadable": 1},
+            "incomplete_samples": {"image_corrupt": 1},
+        },
     }
     assert account.imbalance() is None
     assert len(rejects) == 3

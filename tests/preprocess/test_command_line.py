@@ -99,7 +99,7 @@ BAD_RUNS = {
     "a section": (nothing, ["--budget", "6"], ["--budget", "is a section; set one of its keys"]),
     "key missing": (edit("S = 64\n", ""), [], ["missing key 'budget.S' (an integer)"]),
     "no such choice": (nothing, ["--codec", "rwa"], ["codec: 'rwa' is not one of raw", "'raw'"]),
-    "value out of range": (nothing, ["--budget.N", "0"], ["[budget] budget N must be at least 1, got 0"]),
+    "value out of range": (nothing, ["--budget.N", "0"], ["[budget] N must be at least 1, got 0"]),
     "image above a row": (
         nothing,
         ["--geometry.max_patches_per_image", "40"],
@@ -147,7 +147,7 @@ BAD_RUNS = {
     "tokenizer no JSON": (
         write("tokenizer/tokenizer_config.json", "{"),
         [],
-        ["tokenizer_config.json is not valid JSON"],
+        ["tokenizer_config.json: not valid JSON"],
     ),
     "tokenizer a list": (
         write("tokenizer/tokenizer_config.json", "[]"),
@@ -172,7 +172,7 @@ BAD_RUNS = {
         ["--tokens.image", "<img>"],
         ["special tokens missing: image ('<img>' is not in the vocabulary)"],
     ),
-    "output a file": (write("new", ""), [], ["output", "/new: cannot be made", "choose another"]),
+    "output a file": (write("new", ""), [], ["/new: cannot be made", "choose another"]),
     "rejects above the ceiling": (
         lambda place: write_tar(
             place / "a.tar", [m for n in range(30) for m in captioned(f"{n}", b"<html>", "caption")]
@@ -225,7 +225,10 @@ def test_a_bad_input_of_run_is_one_line_and_exit_code_2(
         (["inspect", "{}/out", "--split", "trian"], ["has no split 'trian'; did you mean 'train'"]),
         (["inspect", "{}/out", "--sample", "nobody"], ["no sample 'nobody'"]),
         (["inspect", "{}/out", "--smaple", "0001"], ["unknown key", "did you mean 'sample'"]),
-        (["report", "{}/tokenizer"], ["/tokenizer: no report/stats.json", "run `python -m preprocess run`"]),
+        (
+            ["report", "{}/tokenizer"],
+            ["/tokenizer/report/stats.json: cannot be read", "run `python -m preprocess run`"],
+        ),
         (["synthesize"], ["no DIRECTORY given"]),
     ],
 )
@@ -241,7 +244,7 @@ def test_a_bad_input_of_another_command_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ("{", "dataset.json is not valid JSON"),
+        ("{", "dataset.json: not valid JSON"),
         ("[]", "format version None, this program knows 1"),
         ('{"format_version": 1}', "dataset.json is not valid: KeyError('fingerprint')"),
     ],
@@ -345,3 +348,20 @@ def test_a_config_written_out_in_full_runs_the_same(place: Path, capsys: pytest.
     first = run_json(capsys, ["run", str(place / "config.toml")])
     second = run_json(capsys, ["run", str(place / "new" / "config.toml")])
     assert first == second
+
+
+def test_reading_a_data_set_takes_no_torch_no_ray_and_no_picture_decoder(place: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'ray', 'PIL', 'tokenizers'):\n"
+        "    sys.modules[name] = None\n"
+        "from preprocess.__main__ import main\n"
+        "sys.exit(max(main([command, sys.argv[1]]) for command in ('report', 'verify')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(place / "out")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr

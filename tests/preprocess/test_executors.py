@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,12 +94,12 @@ def test_ray_and_serial_write_the_same_bytes(tmp_path: Path, ray_executor: Execu
     run_job(config)
     ray_config = replace(config, output=str(tmp_path / "ray"))
     job = Job(ray_config)
-    job.prepare()
+    job.prepare(job.identity)
     job.scan(ray_executor)
     job.pack(ray_executor)
     job.finish()
     serial, parallel = files(Path(config.output)), files(Path(ray_config.output))
-    del serial["config.toml"], parallel["config.toml"]  # these name the output
+    del serial["config.toml"], parallel["config.toml"], serial[".lock"]  # these name the output
     assert serial == parallel
     assert sum(name.startswith("shards/") for name in serial) > 5
     manifest = read_json(Path(ray_config.output) / "dataset.json")
@@ -123,3 +124,25 @@ def test_a_bad_tar_found_by_a_ray_worker_ends_the_command_with_one_line(tmp_path
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"preprocess: source 'web': {bad}: not a readable tar")
+
+
+def test_few_units_are_scheduled_ahead_of_the_running_ones(ray_executor: Executor) -> None:
+    pulled: list[int] = []
+
+    class Units(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            for unit in super().__iter__():
+                pulled.append(unit)
+                yield unit
+
+    results = ray_executor.map(lambda unit: unit, Units(range(100)))
+    next(results)
+    # 2 workers, each with one unit running and one queued.
+    assert len(pulled) == 4
+    assert isinstance(results, Generator)
+    results.close()
+
+
+def test_a_worker_that_keeps_dying_is_one_line_that_names_its_unit(ray_executor: Executor) -> None:
+    with pytest.raises(UserError, match=r"^a\.tar: its worker died 3 times \(WorkerCrashedError\)"):
+        list(ray_executor.map(lambda unit: os._exit(1), ["a.tar"]))

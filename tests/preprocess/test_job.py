@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from preprocess import pack as pack_module
 from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig, SourceConfig
 from preprocess.executor import SerialExecutor
-from preprocess.job import Job, run_job
+from preprocess.job import Job, open_job, run_job
 from preprocess.verify import verify_dataset
 from shared.config import load_config
 from shared.errors import UserError
@@ -55,7 +56,7 @@ def state(config: PreprocessConfig) -> State:
     return {
         str(path.relative_to(output)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(output.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 
@@ -139,11 +140,11 @@ def test_a_job_that_fails_in_a_pass_leaves_no_data_set_and_resumes(
     config = replace(finished, output=str(tmp_path / "out"))
     whole, calls = pack_module.decode, []
 
-    def fail_later(data: bytes) -> Any:
+    def fail_later(data: bytes, **limits: int) -> Any:
         calls.append(0)
         if len(calls) > 25:
             raise KeyboardInterrupt
-        return whole(data)
+        return whole(data, **limits)
 
     with monkeypatch.context() as patch:
         patch.setattr(pack_module, "decode", fail_later)
@@ -240,11 +241,17 @@ def test_an_input_that_grew_or_another_tokenizer_is_refused(tmp_path: Path) -> N
     path = write_samples(tmp_path / "a.tar", mixed_samples(5))
     config = make_config(tmp_path, path)
     run_job(config)
-    with open(path, "ab") as file:
-        file.write(b"\0" * 512)
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    os.utime(path, ns=(times[0], times[1] + 1))  # rewritten in place, to the same size
     with pytest.raises(UserError, match="inputs"):
         run_job(config)
-    write_samples(path, mixed_samples(5))
+    with open(path, "ab") as file:
+        file.write(b"\0" * 512)
+    os.utime(path, ns=times)
+    with pytest.raises(UserError, match="inputs"):
+        run_job(config)
+    os.truncate(path, path.stat().st_size - 512)
+    os.utime(path, ns=times)
     tokenizer = Path(config.tokenizer) / "tokenizer_config.json"
     write_json(tokenizer, {**read_json(tokenizer), "note": "another file"})
     with pytest.raises(UserError, match="tokenizer_sha256"):
@@ -267,7 +274,7 @@ def test_work_whose_identity_is_gone_is_not_taken_for_this_run_s(config: Preproc
 def test_an_output_that_cannot_be_a_directory_is_refused(finished: PreprocessConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name in ("file", "file/below"):
-        with pytest.raises(UserError, match=f"output {tmp_path}/{name}: cannot be made"):
+        with pytest.raises(UserError, match=f"{tmp_path}/{name}: cannot be made"):
             run_job(replace(finished, output=str(tmp_path / name)))
 
 
@@ -340,7 +347,7 @@ def test_the_passes_one_by_one_give_the_same_as_the_whole_job(
     config = replace(finished, output=str(tmp_path / "out"))
     for step in ("scan", "plan", "pack", "finish"):
         job = Job(config)
-        job.prepare()
+        job.prepare(job.identity)
         arguments = [SerialExecutor(0)] if step in ("scan", "pack") else []
         getattr(job, step)(*arguments)
     assert contents(state(config)) == contents(state(finished))
@@ -367,3 +374,39 @@ def test_a_job_that_rejects_everything_makes_no_data_set(finished: PreprocessCon
     ):
         run_job(config)
     assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_two_jobs_never_work_in_one_directory(config: PreprocessConfig) -> None:
+    with open_job(config), pytest.raises(UserError, match="another process is preprocessing there"):
+        run_job(config)
+
+
+def test_a_shard_that_was_cut_off_is_packed_again(config: PreprocessConfig) -> None:
+    before = contents(state(config))
+    shard = sorted((Path(config.output) / "shards").iterdir())[0]
+    os.truncate(shard, 1000)
+    run_job(config)
+    assert contents(state(config)) == before
+
+
+def test_a_shard_of_another_plan_is_packed_again(config: PreprocessConfig) -> None:
+    # A worker of a killed job may end after its directory was taken over.
+    before = contents(state(config))
+    result = sorted((Path(config.output) / "plan").glob("*.result.json"))[0]
+    write_json(result, {**read_json(result), "identity": "0" * 16})
+    run_job(config)
+    assert contents(state(config)) == before
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "", "a b", "identity.json"])
+def test_a_source_name_that_is_no_plain_word_is_refused(finished: PreprocessConfig, name: str) -> None:
+    with pytest.raises(ValueError, match="use letters, digits, _ and -"):
+        replace(finished, sources={name: finished.sources["web"]})
+
+
+@pytest.mark.parametrize("damaged", ["index/identity.json", "index/web/000000.parquet", "plan/plan.json"])
+def test_damaged_work_is_named_with_what_to_do(config: PreprocessConfig, damaged: str) -> None:
+    path = Path(config.output) / damaged
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=rf"{damaged}: .* run again"):
+        run_job(config)

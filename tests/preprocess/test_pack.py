@@ -102,7 +102,8 @@ def test_every_pack_is_bit_for_bit_what_the_reference_computes(
     cut = [parts for parts in found.values() if len(parts) > 1]
     assert account["read"] == len(samples) and account["rejected"] == {}
     assert (account["packed"], account["split_parts"]) == (len(samples) - len(cut), len(cut))
-    assert account["parts"] == {"made": sum(map(len, cut)), "packed": sum(map(len, cut)), "rejected": {}}
+    number = sum(map(len, cut))
+    assert account["parts"] == {"made": number, "packed": number, "rejected": {}, "incomplete_samples": {}}
     assert verify_dataset(Path(config.output))[1] == []
 
 
@@ -208,7 +209,7 @@ def test_a_shard_of_which_nothing_is_left_is_not_in_the_data_set(tmp_path: Path)
 def test_text_that_changed_since_the_scan_stops_the_job(tmp_path: Path) -> None:
     path = write_samples(tmp_path / "a.tar", {"a": (png(8, 8), "one caption")})
     job = Job(make_config(tmp_path, path))
-    job.prepare()
+    job.prepare(job.identity)
     job.scan(SerialExecutor(0))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"one caption", b"another    "))
@@ -339,3 +340,13 @@ def test_the_account_holds_to_the_unit_when_some_or_all_parts_of_a_cut_sample_fa
         ("whole and bad", -1),
     ]
     assert verify_dataset(Path(config.output))[1] == []
+
+
+def test_a_cut_sample_that_loses_its_picture_counts_towards_the_ceiling(tmp_path: Path) -> None:
+    # The caption fills two packs; the broken picture rejects the first part, the second is text alone.
+    broken = png(8, 8)[:60]
+    samples = {f"{number:02}": (broken, "x" * 100) for number in range(20)}
+    path = write_samples(tmp_path / "a.tar", samples)
+    config = make_config(tmp_path, path, source={"max_reject_rate": 0.5})
+    with pytest.raises(UserError, match=r"20 of 20 samples rejected in the job \(image_corrupt 20\)"):
+        run_job(config)

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocess.config import PlanConfig, SourceConfig
-from preprocess.plan import IndexedUnit, make_plan
+from preprocess.index import IndexedUnit
+from preprocess.plan import make_plan
 from preprocess.samples import IMAGE, INDEX_SCHEMA, TEXT
 from shared.geometry import Budget
 from shared.tokens import TokenIds

@@ -88,6 +88,7 @@ def test_a_key_is_the_path_up_to_the_first_dot_of_the_name(tmp_path: Path) -> No
         ([("a.jpg", b"p"), ("a.txt", b"caf\xe9")], "a", "caption_not_utf8"),
         ([("a.jpg", b"p"), ("a.txt", b"\xed\xa0\x80")], "a", "caption_not_utf8"),  # a lone surrogate
         ([("README", b"x")], "README", "no_image"),
+        ([("a.jpg", b"p"), ("a.png", b"q"), ("a.txt", b"x")], "a", "several_images"),
     ],
 )
 def test_an_unusable_sample_is_a_reject_with_its_reason(
