@@ -2,7 +2,8 @@
 
     vision gain = loss(wrong pictures) - loss(right pictures), in nats per label token
 
-A model that ignores pictures has a gain of 0, however low its loss. The wrong picture of an image is one of
+A model that ignores pictures has a gain of 0, however low its loss. Where fewer than two documents have
+pictures there is no wrong one to show, and no gain to measure. The wrong picture of an image is one of
 another document, dealt so that its shape is nearest: images sorted by shape, each gets its neighbour's
 picture, resized where the grids differ. So text, placement and number of visual tokens stay the same, and
 only what is seen changes.
@@ -30,6 +31,9 @@ from trainer.data.batch import assemble_batch
 from trainer.models.vlm import VisionLanguageModel
 from trainer.parallel.mesh import World, open_world
 from trainer.run import load_run_config, restore_model
+
+# Nats per label token, and the number of labels; None is not measurable.
+Values = dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,12 @@ def main(argv: Sequence[str]) -> None:
                 print(line)
 
 
-def describe(step: int, values: dict[str, float]) -> list[str]:
+def describe(step: int, values: Values) -> list[str]:
+    if values["vision_gain"] is None:
+        return [
+            f"after step {step}: loss {values['loss']:.4f}",
+            "vision gain not measurable: it takes pictures in two of the evaluated documents; raise --eval.packs",
+        ]
     return [
         f"after step {step}: loss {values['loss']:.4f}, with wrong pictures {values['loss_wrong_pictures']:.4f}",
         f"vision gain {values['vision_gain']:.4f} nats per label token",
@@ -75,9 +84,7 @@ def check_split(dataset: DataSet, config: EvalConfig) -> None:
         )
 
 
-def evaluate_model(
-    model: VisionLanguageModel, dataset: DataSet, config: EvalConfig, world: World
-) -> dict[str, float]:
+def evaluate_model(model: VisionLanguageModel, dataset: DataSet, config: EvalConfig, world: World) -> Values:
     """loss, loss_wrong_pictures, vision_gain: nats per label token over the first packs of the split.
 
     Every rank calls it and gets the same numbers. Packs are dealt in turn; ranks without one left run on
@@ -95,9 +102,11 @@ def evaluate_model(
         for first in range(0, len(packs), step):
             own = range(len(packs))[first : first + step][world.dp_rank :: world.dp_size]
             right = [packs[number] for number in own]
-            wrong = [with_pictures(packs[number], packs, donors[number], dataset.geometry) for number in own]
             labels += sum(int((pack.labels_S >= 0).sum()) for pack in right)
-            for place, chosen in enumerate((right, wrong)):
+            variants = [right]
+            if donors is not None:
+                variants += [[with_pictures(packs[n], packs, donors[n], dataset.geometry) for n in own]]
+            for place, chosen in enumerate(variants):
                 batch = assemble_batch(
                     chosen,
                     packs_per_microbatch=config.packs_per_microbatch,
@@ -112,40 +121,37 @@ def evaluate_model(
     right_loss, wrong_loss = (world.sum_on_device(loss_sums) / max(1, total)).tolist()
     return {
         "loss": right_loss,
-        "loss_wrong_pictures": wrong_loss,
-        "vision_gain": wrong_loss - right_loss,
+        "loss_wrong_pictures": None if donors is None else wrong_loss,
+        "vision_gain": None if donors is None else wrong_loss - right_loss,
         "labels": float(total),
     }
 
 
-def deal_wrong_pictures(dataset: DataSet, split: str, packs: Sequence[Pack]) -> list[list[Donor]]:
+def deal_wrong_pictures(dataset: DataSet, split: str, packs: Sequence[Pack]) -> list[list[Donor]] | None:
     """For every image of every pack, the next image in order of shape that belongs to another document.
 
-    An image keeps its own picture only when no other document has one.
+    None where fewer than two documents have pictures.
     """
-    places = [(p, i) for p, pack in enumerate(packs) for i in range(len(pack.images))]
-    owner = {
-        (p, i): (p, _document_of(dataset, split, p, int(packs[p].images["token_start"][i])))
-        for p, i in places
-    }
+    owner: dict[tuple[int, int], tuple[int, int]] = {}
+    for p, pack in enumerate(packs):
+        starts = [document.start for document in dataset.documents(split, p)]
+        documents = np.searchsorted(starts, pack.images["token_start"], side="right") - 1
+        owner |= {(p, i): (p, document) for i, document in enumerate(documents.tolist())}
+    if len(set(owner.values())) < 2:
+        return None
 
     def shape(place: tuple[int, int]) -> tuple[float, ...]:
         image = packs[place[0]].images[place[1]]
         t, h, w = int(image["t"]), int(image["h"]), int(image["w"])
         return (t, h / w, h * w, *place)
 
-    ordered = sorted(places, key=shape)
+    ordered = sorted(owner, key=shape)
     donors = [[Donor(p, i) for i in range(len(pack.images))] for p, pack in enumerate(packs)]
     for rank, place in enumerate(ordered):
         following = (ordered[(rank + step) % len(ordered)] for step in range(1, len(ordered)))
-        chosen = next((other for other in following if owner[other] != owner[place]), place)
+        chosen = next(other for other in following if owner[other] != owner[place])
         donors[place[0]][place[1]] = Donor(*chosen)
     return donors
-
-
-def _document_of(dataset: DataSet, split: str, pack: int, token: int) -> int:
-    starts = [document.start for document in dataset.documents(split, pack)]
-    return int(np.searchsorted(starts, token, side="right")) - 1
 
 
 def with_pictures(pack: Pack, packs: Sequence[Pack], donors: Sequence[Donor], geometry: Geometry) -> Pack:

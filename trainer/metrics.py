@@ -167,7 +167,7 @@ class Reporter:
         """Leave the time since the last `flush` out of the rates: it went into something else."""
         self.interval_start = time.perf_counter()
 
-    def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+    def write_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
         if self.files is not None:
             self.files.write({"step": step, **values}, kind="eval")
 

@@ -24,7 +24,7 @@ from trainer.checkpoint import load_checkpoint, remove_incomplete, save_checkpoi
 from trainer.config import RunConfig
 from trainer.data.loader import Loader
 from trainer.data.order import packs_of_step
-from trainer.evaluate import check_split, describe, evaluate_model
+from trainer.evaluate import Values, check_split, describe, evaluate_model
 from trainer.metrics import Console, Reporter, first_diverged
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import lr_factor, make_optimizer
@@ -165,7 +165,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -
 
 def evaluate_and_report(
     config: RunConfig, dataset: DataSet, run: Run, world: World, reporter: Reporter, step: int
-) -> dict[str, float]:
+) -> Values:
     values = evaluate_model(run.model, dataset, config.eval, world)
     reporter.write_evaluation(step, values)
     for line in describe(step, values):

@@ -11,10 +11,11 @@ import torch
 from shared.dataset import DataSet, open_dataset
 from shared.errors import UserError
 from shared.geometry import Budget
+from shared.schema import Document as StoredDocument
 from tests.trainer.batches import GEOMETRY, Document, Picture, make_batch, num_labels, tiny_config
 from tests.trainer.datasets import write_dataset
 from trainer.config import EvalConfig
-from trainer.evaluate import deal_wrong_pictures, evaluate_model, with_pictures
+from trainer.evaluate import deal_wrong_pictures, describe, evaluate_model, with_pictures
 from trainer.models.init import init_parameters
 from trainer.models.vlm import VisionLanguageModel
 from trainer.parallel.mesh import World
@@ -42,6 +43,7 @@ def test_every_image_gets_the_picture_nearest_in_shape_of_another_document(tmp_p
     dataset = dataset_of(tmp_path, PACKS)
     packs = [dataset.pack("validation", number) for number in range(3)]
     donors = deal_wrong_pictures(dataset, "validation", packs)
+    assert donors is not None
     # Sorted by height / width, then area: (0, 0) 2x4, (1, 0) 2x4, (2, 0) 4x6, (0, 1) 4x4; each takes the next.
     found = [[(donor.pack, donor.image) for donor in of_pack] for of_pack in donors]
     assert found == [[(1, 0), (0, 0)], [(2, 0)], [(0, 1)]]
@@ -52,6 +54,7 @@ def test_a_picture_of_the_same_document_is_never_dealt(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, packs)
     loaded = [dataset.pack("validation", number) for number in range(2)]
     donors = deal_wrong_pictures(dataset, "validation", loaded)
+    assert donors is not None
     assert [(donor.pack, donor.image) for donor in donors[0]] == [(1, 0), (1, 0)]
     assert donors[1][0].pack == 0
 
@@ -60,6 +63,7 @@ def test_wrong_pictures_change_pixels_and_nothing_else(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, PACKS)
     packs = [dataset.pack("validation", number) for number in range(3)]
     donors = deal_wrong_pictures(dataset, "validation", packs)
+    assert donors is not None
     changed = with_pictures(packs[0], packs, donors[0], GEOMETRY)
     assert changed.patches_XP.shape == packs[0].patches_XP.shape
     assert np.array_equal(changed.images, packs[0].images)
@@ -83,6 +87,7 @@ def test_a_picture_of_one_colour_keeps_it_when_it_is_resized(tmp_path: Path) -> 
         }
     )
     donors = deal_wrong_pictures(dataset, "validation", packs)
+    assert donors is not None
     changed = with_pictures(packs[1], [packs[0], packs[1], blue], donors[1], GEOMETRY)
     assert np.array_equal(changed.patches_XP, np.broadcast_to(colour, (8, len(colour))))
 
@@ -109,10 +114,39 @@ def test_a_model_that_ignores_pictures_has_no_gain(tmp_path: Path) -> None:
     assert values["vision_gain"] == 0 and values["loss"] > 0
 
 
-def test_text_alone_is_evaluated_and_has_no_gain(tmp_path: Path) -> None:
-    dataset = dataset_of(tmp_path, [[[10, 11, 12]], [[13]]])
-    values = evaluate_model(new_model(), dataset, EvalConfig(packs=8), WORLD)
-    assert values["labels"] == 4 and values["vision_gain"] == 0
+ONE_WITH_PICTURES: list[list[Document]] = [[[Picture(2, 2), 9, Picture(4, 2), 10], [11, 12]], [[13]]]
+
+
+@pytest.mark.parametrize("packs", [[[[10, 11, 12]], [[13]]], ONE_WITH_PICTURES])
+def test_pictures_in_fewer_than_two_documents_give_a_loss_and_no_gain(
+    tmp_path: Path, packs: list[list[Document]]
+) -> None:
+    model = new_model()
+    values = evaluate_model(model, dataset_of(tmp_path, packs), EvalConfig(packs=8), WORLD)
+    batch = make_batch(packs, BUDGET)
+    with torch.no_grad():
+        expected = model(batch).sum().item() / num_labels(batch)
+    assert values["loss"] == pytest.approx(expected, abs=1e-6)
+    assert values["vision_gain"] is None and values["loss_wrong_pictures"] is None
+    first, second = describe(7, values)
+    assert first == f"after step 7: loss {expected:.4f}"
+    assert second.startswith("vision gain not measurable: ")
+
+
+def test_documents_of_a_pack_are_read_once_however_many_pictures_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = dataset_of(tmp_path, PACKS)
+    packs = [dataset.pack("validation", number) for number in range(3)]
+    read, original = [], DataSet.documents
+
+    def counted(self: DataSet, split: str, index: int) -> list[StoredDocument]:
+        read.append(index)
+        return original(self, split, index)
+
+    monkeypatch.setattr(DataSet, "documents", counted)
+    deal_wrong_pictures(dataset, "validation", packs)
+    assert read == [0, 1, 2]
 
 
 def test_evaluation_leaves_the_training_mode_as_it_was(tmp_path: Path) -> None:
