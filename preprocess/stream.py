@@ -9,6 +9,7 @@ first one after a cut.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,8 @@ def split_sample(
     """Cut a sample into parts that each fit one pack, or name the budget ("S", "N" or "L") that blocks it.
 
     A cut never falls inside an image. A sample that fits is one part. Text is cut so that the parts of a long
-    run are equally long; an image goes to the next part when tokens or vision rows run out.
+    run are equally long; an image goes to the next part when tokens or vision rows run out. No part is without
+    labels where moving the cut before it can help.
     """
     images = [segment for segment in segments if segment.kind == IMAGE]
     if any(image.patches > budget.L for image in images):
@@ -109,7 +111,55 @@ def split_sample(
             cut(position)
         position += tokens
     cut(position)
-    return parts
+    return parts if len(parts) == 1 else _give_labels(parts, segments, ids, budget, images_per_row)
+
+
+def _give_labels(
+    parts: Sequence[Part],
+    segments: Sequence[IndexSegment],
+    ids: TokenIds,
+    budget: Budget,
+    images_per_row: int,
+) -> list[Part]:
+    """Move the cut before a part without labels, such as one of <eos> alone: nothing would be learned from it.
+
+    It joins the part before it, or takes that one's last label if that is not its only one.
+    """
+    texts = [np.full(segment.tokens, ids.eos, np.int32) for segment in segments if segment.kind != IMAGE]
+    learned = np.flatnonzero(token_stream(segments, texts, ids)[1] != IGNORE_LABEL)
+    images = [segment for segment in segments if segment.kind == IMAGE]
+    begins = image_starts(segments, ids)
+
+    def part_of(start: int, end: int) -> Part:
+        return Part(start, end, bisect_left(begins, start), bisect_left(begins, end))
+
+    def has_labels(start: int, end: int) -> bool:
+        first, last = np.searchsorted(learned, (start, end))
+        return bool(first < last)
+
+    def fits(part: Part) -> bool:
+        rows: list[list[int]] | None = []
+        for image in images[part.first_image : part.last_image]:
+            if rows is not None:
+                rows = place_in_rows(rows, image.patches, budget, images_per_row)
+        return rows is not None and part.end - part.start <= budget.S
+
+    given = [parts[0]]
+    for part in parts[1:]:
+        given.append(part)
+        before = given[-2]
+        if has_labels(part.start, part.end):
+            continue
+        if fits(joined := part_of(before.start, part.end)):
+            given[-2:] = [joined]
+        elif has_labels(before.start, part.start):
+            at = int(learned[np.searchsorted(learned, part.start) - 1])
+            number = bisect_right(begins, at) - 1
+            if number >= 0 and at < begins[number] + images[number].tokens:
+                at = begins[number]  # its end token has the label
+            if has_labels(before.start, at) and fits(moved := part_of(at, part.end)):
+                given[-2:] = [part_of(before.start, at), moved]
+    return given
 
 
 def place_in_rows(

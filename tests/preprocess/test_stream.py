@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from preprocess.packing import pack_pieces
 from preprocess.samples import IMAGE, TEXT, IndexSegment
-from preprocess.stream import Part, image_starts, split_sample, stream_length, token_stream
+from preprocess.stream import Part, image_starts, place_in_rows, split_sample, stream_length, token_stream
 from shared.geometry import Budget
 from shared.tokens import TokenIds
 
@@ -174,6 +175,44 @@ def test_parts_cover_the_stream_once_fit_their_budgets_and_leave_images_whole(
     assert learned.tolist() == [*range(10 + skipped, 10 + text_tokens), EOS]
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    segments=SEGMENTS,
+    budget=st.builds(Budget, S=st.integers(4, 40), N=st.integers(1, 3), L=st.integers(4, 60)),
+    images_per_row=st.integers(0, 3),
+    begins=st.booleans(),
+)
+# bos + 3 of image + 4 = 8 = S, and <eos> alone.
+@example(segments=[image(2, 2), text(4)], budget=Budget(S=8, N=1, L=4), images_per_row=0, begins=True)
+def test_a_part_has_no_label_only_where_no_cut_before_it_gives_it_one(
+    segments: list[IndexSegment], budget: Budget, images_per_row: int, begins: bool
+) -> None:
+    ids = IDS if begins else replace(IDS, bos=None)
+    parts = split_sample(segments, ids, budget, images_per_row)
+    if isinstance(parts, str):
+        return
+    tokens, labels = token_stream(segments, encoded(segments), ids)
+    inside = np.isin(tokens, (IMG, END))  # no cut before these
+    sizes = dict(zip(image_starts(segments, ids), (s.patches for s in segments if s.patches), strict=True))
+
+    def fits(start: int, end: int) -> bool:
+        rows: list[list[int]] | None = []
+        for size in (size for begin, size in sizes.items() if start <= begin < end):
+            rows = None if rows is None else place_in_rows(rows, size, budget, images_per_row)
+        return rows is not None and end - start <= budget.S
+
+    def learns(start: int, end: int) -> bool:
+        return bool((labels[start:end] != -100).any())
+
+    for before, part in pairwise(parts):
+        if learns(part.start, part.end):
+            continue
+        assert not fits(before.start, part.end)
+        for cut in range(before.start + 1, part.start):
+            helps = learns(before.start, cut) and learns(cut, part.end)
+            assert inside[cut] or not helps or not fits(cut, part.end)
+
+
 @given(segments=SEGMENTS)
 def test_a_sample_that_fits_is_not_cut(segments: list[IndexSegment]) -> None:
     length = stream_length(segments, IDS)
@@ -188,5 +227,6 @@ def test_parts_of_plain_text_are_as_few_as_can_be_and_equally_long(tokens: int, 
     assert isinstance(parts, list)
     lengths = [p.end - p.start for p in parts]
     assert len(lengths) == -(-(tokens + 2) // room)  # bos and eos
-    assert len(set(lengths[:-1])) <= 1 and lengths[-1] <= lengths[0]
-    assert lengths[0] - lengths[-1] < len(lengths)
+    assert max(lengths) - min(lengths) < len(lengths)
+    assert lengths[-1] > 1  # never <eos> alone
+    assert len(set(lengths[:-2])) <= 1
