@@ -26,6 +26,8 @@ from shared.files import atomic_path
 from trainer.parallel.mesh import World
 
 ROWS = "metrics.jsonl"
+# Weight that a step keeps in the time left when the next one is in: the mean is of about the last 20 steps.
+MEMORY = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,12 +138,13 @@ class Reporter:
             self.files = MetricFiles(directory, start_step=start_step)
         self.pending: list[StepStats] = []
         self.newest: dict[str, Any] = {}
+        self.step_s = 0.0
         self.interval_start = time.perf_counter()
 
     def add(self, stats: StepStats) -> None:
         self.pending.append(stats)
         if self.newest:
-            self.console.redraw(progress_line(stats.step, self.total_steps, self.newest))
+            self.console.redraw(self.progress_line(stats.step))
 
     def flush(self) -> list[dict[str, Any]]:
         """Read, write and print what is pending; returns its rows, the same on every rank."""
@@ -149,12 +152,14 @@ class Reporter:
             return []
         rows = read_rows(self.pending, time.perf_counter() - self.interval_start, self.world)
         self.pending.clear()
+        old = MEMORY ** len(rows) if self.newest else 0.0
         self.newest = rows[-1]
+        self.step_s = old * self.step_s + (1 - old) * self.newest["step_s"]
         if self.files is not None:
             for row in rows:
                 self.files.write(row, kind="train")
         step = self.newest["step"]
-        line = progress_line(step, self.total_steps, self.newest)
+        line = self.progress_line(step)
         if step // self.print_every > self.printed_step // self.print_every or step == self.total_steps:
             self.console.print_over(line)
             self.printed_step = step
@@ -162,6 +167,9 @@ class Reporter:
             self.console.redraw(line)
         self.restart_interval()
         return rows
+
+    def progress_line(self, step: int) -> str:
+        return progress_line(self.newest, step=step, total_steps=self.total_steps, step_s=self.step_s)
 
     def restart_interval(self) -> None:
         """Leave the time since the last `flush` out of the rates: it went into something else."""
@@ -235,12 +243,13 @@ def first_diverged(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | Non
     return next((row for row in rows if not (is_finite(row["loss"]) and is_finite(row["grad_norm"]))), None)
 
 
-def progress_line(step: int, total_steps: int, row: Mapping[str, Any]) -> str:
-    """One line; `row` is the newest that was read, `step` may be ahead of it."""
-    left = int((total_steps - step) * row["step_s"])
+def progress_line(row: Mapping[str, Any], *, step: int, total_steps: int, step_s: float) -> str:
+    """One line about the newest `row` that was read; `step` is how far the run is, `step_s` a mean."""
+    left = round((total_steps - step) * step_s)
+    ahead = f"  (step {step} done, not read yet)" if step != row["step"] else ""
     return (
-        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {row['loss']:.4f}  "
+        f"step {row['step']:>{len(str(total_steps))}}/{total_steps}  loss {row['loss']:.4f}  "
         f"grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
         f"{row['tokens_per_s']:,.0f} tok/s  {row['patches_per_s']:,.0f} patch/s  "
-        f"wait {1000 * row['data_wait_s']:.1f} ms  left {left // 60}:{left % 60:02}"
+        f"wait {1000 * row['data_wait_s']:.1f} ms  left {left // 60}:{left % 60:02}{ahead}"
     )

@@ -29,7 +29,15 @@ from trainer.metrics import Console, Reporter, first_diverged
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import lr_factor, make_optimizer
 from trainer.parallel.mesh import World, open_world
-from trainer.run import check_model, checkpoint_directory, find_checkpoint, hold_run, new_model, write_run
+from trainer.run import (
+    check_model,
+    checkpoint_directory,
+    find_checkpoint,
+    hold_run,
+    load_run_config,
+    new_model,
+    write_run,
+)
 from trainer.step import train_step
 
 
@@ -87,6 +95,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     loader: Loader
     start_step: int
+    planned_steps: int
+    """`steps` of the config that the run was started or last resumed with."""
 
 
 def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
@@ -94,9 +104,11 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
     checkpoint = find_checkpoint(config, dataset)
     model = new_model(config, dataset, world)
     optimizer = make_optimizer(model, config.optimizer)
-    start_step = 0
+    start_step, planned_steps = 0, config.steps
     if checkpoint is not None:
         start_step = load_checkpoint(checkpoint, model, optimizer, world)["step"]
+        planned_steps = load_run_config(Path(config.out)).steps
+    world.barrier()  # before the config that all have read is written over
     if world.is_main:
         write_run(config, dataset)
         remove_incomplete(checkpoint_directory(Path(config.out)))
@@ -112,7 +124,13 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
         device=world.device,
         start_step=start_step,
     )
-    return Run(model=model, optimizer=optimizer, loader=loader, start_step=start_step)
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        start_step=start_step,
+        planned_steps=planned_steps,
+    )
 
 
 def train_loop(
@@ -180,7 +198,7 @@ def describe_run(config: RunConfig, dataset: DataSet, run: Run, world: World) ->
     total = sum(parts.values())
     processes = "one process" if world.mesh is None else f"{world.size} processes, mesh dp={world.dp_size}"
     start = f"resumed after step {run.start_step}" if run.start_step else "from step 0"
-    return [
+    lines = [
         f"data set  {dataset.path}: {run.loader.packs_total:,} training packs of S {budget.S}, "
         f"N {budget.N} x L {budget.L}",
         f"model     {total / 1e6:.2f} M parameters: "
@@ -193,3 +211,13 @@ def describe_run(config: RunConfig, dataset: DataSet, run: Run, world: World) ->
         f"length    {config.steps:,} steps of {run.loader.steps_per_epoch:,.1f} per epoch, {start}",
         f"run       {config.out}",
     ]
+    if config.steps != run.planned_steps and run.start_step < config.steps:
+        before, after = (
+            config.optimizer.lr * lr_factor(step, steps, config.schedule)
+            for step, steps in ((run.start_step - 1, run.planned_steps), (run.start_step, config.steps))
+        )
+        lines.append(
+            f"schedule  the cosine now ends at step {config.steps:,}, it was on its way to {run.planned_steps:,}: "
+            f"the learning rate goes from {before:.2e} to {after:.2e}"
+        )
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,52 @@ def test_damaged_rows_are_dropped_with_their_number(
     assert capsys.readouterr().out == f"metrics   dropped 4 damaged lines of {path}\n"
 
 
+ROW = dict.fromkeys(["loss", "grad_norm", "lr", "tokens_per_s", "patches_per_s", "data_wait_s"], 1.0)
+
+
 def test_progress_line_tells_the_time_left() -> None:
-    row = dict.fromkeys(["loss", "grad_norm", "lr", "tokens_per_s", "patches_per_s", "data_wait_s"], 1.0)
-    assert progress_line(40, 100, {**row, "step_s": 1.5}).endswith("wait 1000.0 ms  left 1:30")
+    line = progress_line({**ROW, "step": 40}, step=40, total_steps=100, step_s=1.5)
+    assert line.startswith("step  40/100  loss 1.0000") and line.endswith("wait 1000.0 ms  left 1:30")
+
+
+def test_the_live_line_names_the_step_that_its_loss_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console, shown = Console(enabled=True), []
+    monkeypatch.setattr(console, "redraw", shown.append)
+    reporter = Reporter(tmp_path, WORLD, console, start_step=0, total_steps=9, print_every=9)
+    for step in (1, 2):
+        reporter.add(stats(step))
+    reporter.flush()
+    reporter.add(stats(3))
+    reporter.close()
+    read, ahead = shown
+    assert read.startswith("step 2/9  loss 2.0000") and "not read yet" not in read
+    assert ahead.startswith("step 2/9  loss 2.0000") and ahead.endswith("(step 3 done, not read yet)")
+
+
+def test_the_time_left_is_of_a_smoothed_step_time_and_rates_are_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console, shown, now = Console(enabled=True), [], [0.0]
+    monkeypatch.setattr(console, "redraw", shown.append)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    reporter = Reporter(tmp_path, WORLD, console, start_step=0, total_steps=103, print_every=999)
+    rates = []
+    for first, seconds in ((1, 1.0), (2, 11.0)):
+        reporter.add(stats(first))
+        now[0] += seconds
+        shown.clear()
+        rates.append(reporter.flush()[-1]["tokens_per_s"])
+    for step in (3, 4):
+        reporter.add(stats(step))
+    now[0] += 2.0
+    reporter.flush()
+    reporter.close()
+    assert rates == [100 / 1.0, 100 / 11.0]
+    # 0.95 * 1 + 0.05 * 11 = 1.5 after step 2; 0.95 ** 2 * 1.5 + (1 - 0.95 ** 2) * 1 = 1.45125 after step 4.
+    assert "left 2:32" in shown[0]  # 101 * 1.5 = 151.5
+    assert "left 2:24" in shown[-1]  # 99 * 1.45125 = 143.7
 
 
 def test_what_is_not_finite_or_not_measured_is_null_and_no_point(tmp_path: Path) -> None:

@@ -152,9 +152,22 @@ def test_a_finished_run_is_evaluated_again_and_can_be_made_longer(
     assert result["steps"] == 6 and "train" not in result
     (evaluation,) = rows(command[-1], "eval")
     assert evaluation["step"] == 6 and result["eval"]["loss"] == evaluation["loss"]
+    assert "schedule" not in first and "schedule" not in "".join(again)
     assert main([*command, "--steps", "7"]) == 0
     assert [row["step"] for row in rows(command[-1], "eval")] == [6, 7]
     assert len(rows(command[-1])) == 7
+
+
+def test_going_on_with_another_number_of_steps_says_what_becomes_of_the_learning_rate(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--steps", "3"]) == 0
+    capsys.readouterr()
+    assert main(command) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("schedule")]
+    # The third of 3 steps, 2 of them warmup, is at the peak; the fourth of 6 is a third down the cosine:
+    # 0.1 + 0.9 * (1 + cos(pi / 3)) / 2 = 0.775.
+    assert "ends at step 6, it was on its way to 3: the learning rate goes from 1.00e-03 to 7.75e-04" in line
 
 
 def test_a_run_that_was_moved_can_be_evaluated(
