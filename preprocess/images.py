@@ -38,6 +38,9 @@ _FORMATS = tuple(
     if name in Image.OPEN
 )
 
+# Made RGB at a time: every step of that has a copy, of 16 MB with this.
+_BAND_PIXELS = 4 << 20
+
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -90,8 +93,7 @@ def decode(data: bytes, *, max_pixels: int) -> npt.NDArray[np.uint8]:
     file = io.BytesIO(data)
     picture, orientation = _open(file, max_pixels)
     with _reject_as("image_corrupt", file), _guard(max_pixels):
-        rgb = _to_rgb(picture)
-        return np.asarray(rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb)
+        return _displayed(picture, orientation)
 
 
 def resize(image_hwc: npt.NDArray[np.uint8], h: int, w: int, geometry: Geometry) -> npt.NDArray[np.uint8]:
@@ -180,18 +182,30 @@ def _orientation(picture: Image.Image, file: BinaryIO) -> int:
 
 def _png_exif(file: BinaryIO) -> bytes:
     """The eXIf chunk of a PNG, found by walking chunk lengths: it may stand behind the pixels. Empty if none."""
-    here = file.tell()
     file.seek(8)
-    block = b""
-    while len(head := file.read(8)) == 8:
+    while len(head := file.read(8)) == 8 and not head.endswith(b"IEND"):
         length, kind = struct.unpack(">I4s", head)
         if kind == b"eXIf":
-            block = file.read(length)
-        if kind in (b"eXIf", b"IEND"):
-            break
+            return file.read(length)
         file.seek(length + 4, io.SEEK_CUR)
-    file.seek(here)
-    return block
+    return b""
+
+
+def _displayed(picture: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
+    """RGB [H, W, 3], turned upright: made in bands, so that only the picture as decoded and this are whole."""
+    width, height = picture.size
+    turned = orientation >= 5
+    out_hwc = np.empty((width, height, 3) if turned else (height, width, 3), np.uint8)
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = picture if bottom - top == height else picture.crop((0, top, width, bottom))
+        rgb = _to_rgb(band)
+        pixels = np.asarray(rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb)
+        # The first stored row is displayed at the bottom or on the right.
+        first, last = (height - bottom, height - top) if orientation in (3, 4, 6, 7) else (top, bottom)
+        out_hwc[(slice(None), slice(first, last)) if turned else slice(first, last)] = pixels
+    return out_hwc
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -199,9 +213,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode.startswith("I;16") or picture.mode == "I":
-        values = np.asarray(picture).astype(np.int64)
-        # 65535 / 255 = 257: full white stays white.
-        grey = (values.clip(0, 65535) / 257 + 0.5).astype(np.uint8)
+        values = np.asarray(picture)
+        # 65535 / 255 = 257: full white stays white. 128 rounds.
+        grey = ((values.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
         if isinstance(clear := picture.info.get("transparency"), int):
             grey[values == clear] = 255
         return Image.fromarray(grey).convert("RGB")

@@ -184,6 +184,24 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
     assert decode(encode(picture, kind))[0, :, 0].tolist() == [255, 128, 1, 0, 1, 0]
 
 
+def test_every_sixteen_bit_grey_is_rounded_to_the_nearest_level() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(values)))[..., 0], np.rint(values / 257))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_of_any_height_give_the_same_pixels(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [
+        encode(picture, exif=exif(orientation))
+        for picture in (noise(1, 7, 5, 4), palette_picture().resize((5, 7)), noise(2, 7, 5)[..., 0])
+    ]
+    whole = [decode(data) for data in pictures]
+    for pixels in (1, 10, 15):  # bands of 1, 2 and 3 rows of 5
+        monkeypatch.setattr(images, "_BAND_PIXELS", pixels)
+        for data, expected in zip(pictures, whole, strict=True):
+            np.testing.assert_array_equal(decode(data), expected)
+
+
 def test_the_clear_grey_of_a_sixteen_bit_png_is_white() -> None:
     plain = encode(Image.fromarray(np.array([[1000, 1001]], np.uint16)))
     place = plain.index(b"IDAT") - 4

@@ -193,6 +193,19 @@ def test_a_picture_that_decodes_to_another_size_than_its_header_is_rejected(
     assert reject["key"] == "b" and reject["detail"] == "decoded to 8 x 8, header 16 x 9"
 
 
+def test_the_decode_has_the_limit_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def decode(data: bytes, max_pixels: int) -> Any:
+        limits.append(max_pixels)
+        return noise(0, 8, 8)
+
+    monkeypatch.setattr(pack_module, "decode", decode)
+    path = write_samples(tmp_path / "a.tar", {"a": (png(8, 8), "one")})
+    run_job(make_config(tmp_path, path, limits=ImageLimits(max_pixels=77)))
+    assert limits == [77]
+
+
 def test_a_shard_of_which_nothing_is_left_is_not_in_the_data_set(tmp_path: Path) -> None:
     samples = {"good": (png(8, 8), "a"), "bad": (png(8, 8)[:-40], "b")}
     config = make_config(
