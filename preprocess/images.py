@@ -9,10 +9,11 @@ over white, 16-bit grey scaled to 8 bits.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -92,7 +93,8 @@ def decode(data: bytes, *, max_pixels: int) -> npt.NDArray[np.uint8]:
     """
     file = io.BytesIO(data)
     picture, orientation = _open(file, max_pixels)
-    with _reject_as("image_corrupt", file), _guard(max_pixels):
+    quiet = _quiet_stderr() if picture.format == "TIFF" else nullcontext()
+    with _reject_as("image_corrupt", file), _guard(max_pixels), quiet:
         return _displayed(picture, orientation)
 
 
@@ -136,6 +138,19 @@ def _guard(max_pixels: int) -> Generator[None, None, None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def _quiet_stderr() -> Generator[None, None, None]:
+    """libtiff writes hundreds of lines about one bad file past Python, and Pillow does not let it be told not to."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -374,6 +375,17 @@ def test_every_hostile_picture_decodes_to_its_header_or_is_rejected_with_the_rig
         for name in outcomes
     }
     assert outcomes == expected
+
+
+def test_a_bad_tiff_writes_nothing_to_stderr_and_what_comes_after_it_does(
+    shared_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, data in hostile_pictures(shared_data).items():
+        if name.endswith(".tif") and name in CORRUPT:
+            with pytest.raises(ImageError):
+                decode(data)
+    os.write(2, b"next")
+    assert capfd.readouterr().err == "next"
 
 
 def test_garbage_behind_a_jpeg_and_bad_exif_do_not_change_its_pixels(shared_data: Path) -> None:
