@@ -2,8 +2,9 @@
 
     000000001.jpg  000000001.txt  000000001.json   ->   [image, caption]
 
-The scan walks the tar headers once; the pack then reads single members by (offset, size) with `pread`, so a
-tar is never read twice from end to end and is shared by any number of readers.
+The scan walks the tar headers, and reads captions and what the headers of pictures need; the pack then reads
+single members by (offset, size) with `pread`. Pictures are read whole once, and a tar is shared by any number of
+readers.
 """
 
 from __future__ import annotations
