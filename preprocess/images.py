@@ -209,18 +209,23 @@ def _png_exif(file: BinaryIO) -> bytes:
 def _displayed(picture: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
     """RGB [H, W, 3], turned upright: made in bands, so that only the picture as decoded and this are whole."""
     width, height = picture.size
+    if width * height <= _BAND_PIXELS:
+        return _upright(picture, orientation)
     turned = orientation >= 5
     out_hwc = np.empty((width, height, 3) if turned else (height, width, 3), np.uint8)
     rows = max(1, _BAND_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        band = picture if bottom - top == height else picture.crop((0, top, width, bottom))
-        rgb = _to_rgb(band)
-        pixels = np.asarray(rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb)
+        pixels = _upright(picture.crop((0, top, width, bottom)), orientation)
         # The first stored row is displayed at the bottom or on the right.
         first, last = (height - bottom, height - top) if orientation in (3, 4, 6, 7) else (top, bottom)
         out_hwc[(slice(None), slice(first, last)) if turned else slice(first, last)] = pixels
     return out_hwc
+
+
+def _upright(picture: Image.Image, orientation: int) -> npt.NDArray[np.uint8]:
+    rgb = _to_rgb(picture)
+    return np.asarray(rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

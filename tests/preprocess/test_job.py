@@ -182,7 +182,7 @@ CHANGES: list[tuple[str, Callable[[PreprocessConfig], PreprocessConfig], str]] =
     (
         "limits",
         lambda c: replace(c, limits=ImageLimits(max_pixels=1 << 20)),
-        "limits.max_pixels: 100000000, now 1048576",
+        "limits.max_pixels: 64000000, now 1048576",
     ),
     ("plan", lambda c: replace(c, plan=replace(c.plan, window=9)), "plan.window: 65536, now 9"),
     (  # fewer shards than before: none of the old ones may stay
