@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 SAMPLES ?= 4000
-STEPS ?= 900
+STEPS ?= 700
 
 .PHONY: setup demo demo-short test test-slow check format clean
 

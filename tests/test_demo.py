@@ -26,6 +26,6 @@ def test_the_demo_learns_to_look_at_its_pictures(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["steps"] == 900
+    assert result["steps"] == 700
     # A model that ignores pictures has a gain of 0.
     assert result["eval"]["vision_gain"] >= 0.25
