@@ -10,6 +10,10 @@ from shared.geometry import Budget, Geometry
 from shared.tokens import TokenNames
 
 
+# A page header and a value's length count bytes as int32.
+MAX_BLOB_BYTES = 1 << 31
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """One named table under [sources]: where samples come from and what happens to the odd ones."""
@@ -137,6 +141,12 @@ class PreprocessConfig:
             raise ValueError(
                 f"geometry.max_patches_per_image {self.geometry.max_patches_per_image} is above budget.L "
                 f"{self.budget.L}: an image must fit one vision row"
+            )
+        blob = self.budget.N * self.budget.L * self.geometry.values_per_patch
+        if blob >= MAX_BLOB_BYTES:
+            raise ValueError(
+                f"budget.N * budget.L patches of {self.geometry.values_per_patch} bytes are {blob} bytes per pack; "
+                f"a Parquet value holds less than {MAX_BLOB_BYTES}: lower N or L"
             )
         if self.budget.L % self.geometry.patches_per_token:
             raise ValueError(

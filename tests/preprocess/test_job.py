@@ -410,3 +410,11 @@ def test_damaged_work_is_named_with_what_to_do(config: PreprocessConfig, damaged
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=rf"{damaged}: .* run again"):
         run_job(config)
+
+
+def test_a_budget_whose_packs_no_parquet_value_holds_is_refused(finished: PreprocessConfig) -> None:
+    # P = 48 bytes per patch of 4 x 4 pixels: 2**31 / 48 = 44,739,242.7 patches.
+    geometry = replace(finished.geometry, patch_size=4, temporal_patch_size=1)
+    fits = replace(finished, geometry=geometry, budget=replace(finished.budget, N=1, L=44_739_240))
+    with pytest.raises(ValueError, match="a Parquet value holds less than 2147483648: lower N or L"):
+        replace(fits, budget=replace(fits.budget, L=44_739_244))
