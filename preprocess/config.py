@@ -9,7 +9,6 @@ from typing import Literal
 from shared.geometry import Budget, Geometry
 from shared.tokens import TokenNames
 
-
 # A page header and a value's length count bytes as int32.
 MAX_BLOB_BYTES = 1 << 31
 
