@@ -143,7 +143,12 @@ def _guard(max_pixels: int) -> Generator[None, None, None]:
 @contextmanager
 def _quiet_stderr() -> Generator[None, None, None]:
     """libtiff writes hundreds of lines about one bad file past Python, and Pillow does not let it be told not to."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed by who started us: nothing to silence
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield

@@ -158,8 +158,18 @@ class Job:
         return made["identity"] == short_hash(self.identity) and made["bytes"] == shard.stat().st_size
 
     def finish(self) -> dict[str, Any]:
-        """Settle the account and write what makes a data set of the shards; return the statistics."""
+        """Settle the account and write what makes a data set of the shards; return the statistics.
+
+        Raises:
+            UserError: a shard is not the one that this plan made.
+        """
         plan = self.plan()
+        for shard in plan["shards"]:
+            if not self._is_packed(shard["name"]):
+                raise UserError(
+                    f"{self.output}: {shard['name']} is missing or was written by another run meanwhile; end that "
+                    f"run and give the same command again"
+                )
         return finish(
             self.output,
             units=self.units,

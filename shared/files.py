@@ -6,9 +6,11 @@ A file that exists under its own name is therefore whole, which is what "skip it
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Generator
@@ -65,6 +67,8 @@ def read_json(path: Path, mend: str = "delete it and run again") -> Any:
 def lock_directory(directory: Path, what: str) -> Generator[None, None, None]:
     """Hold a directory for this process; created if missing. Ends with the process, however it ends.
 
+    Some network file systems lock within one host only, or not at all; on the latter this holds nothing.
+
     Raises:
         UserError: another process holds it, or it cannot be made; `what` is what is going on there.
     """
@@ -82,6 +86,13 @@ def lock_directory(directory: Path, what: str) -> Generator[None, None, None]:
         raise UserError(
             f"{directory}: another process is {what} there; wait for it, or choose another"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            os.close(handle)
+            raise UserError(
+                f"{directory / LOCK}: cannot be locked ({error.strerror}); choose another"
+            ) from None
+        logging.getLogger(__name__).warning("%s: no locks here; keep it to one process yourself", directory)
     try:
         yield
     finally:

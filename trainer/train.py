@@ -25,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.data.loader import Loader
 from trainer.data.order import packs_of_step
 from trainer.evaluate import Values, check_split, describe, evaluate_model
-from trainer.metrics import Console, Reporter, first_diverged
+from trainer.metrics import Console, Reporter, first_diverged, is_finite
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import lr_factor, make_optimizer
 from trainer.parallel.mesh import World, open_world
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     with open_world(config.device, config.dtype) as world:
         result = train(config, world)
         if arguments.json and world.is_main:
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result, allow_nan=False), flush=True)
 
 
 def train(config: RunConfig, world: World) -> dict[str, Any]:
@@ -143,21 +143,22 @@ def train_loop(
         lr = config.optimizer.lr * lr_factor(finished - 1, config.steps, config.schedule)
         clip = config.optimizer.max_grad_norm
         reporter.add(train_step(run.model, run.optimizer, next(steps), world, lr=lr, max_grad_norm=clip))
-        save = finished % config.checkpoint.every == 0 or finished == config.steps
-        evaluate = config.eval.every > 0 and finished % config.eval.every == 0 and finished < config.steps
+        last = finished == config.steps
+        save = last or finished % config.checkpoint.every == 0
+        evaluate = last or (config.eval.every > 0 and finished % config.eval.every == 0)
         if save or evaluate or finished % config.log.every == 0:
             rows = reporter.flush()
             check_rows(rows, config, run)  # before a checkpoint keeps what went wrong
             result["train"] = rows[-1]
+        if evaluate:  # first: a checkpoint that is resumed from has its evaluation behind it
+            result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, finished)
         if save:
             state = {"step": finished}
             save_checkpoint(directory, run.model, run.optimizer, state, world, keep=config.checkpoint.keep)
-        if evaluate:
-            evaluate_and_report(config, dataset, run, world, reporter, finished)
         if save or evaluate:
             reporter.restart_interval()
-    # Also when there was nothing left to train: asking again for a finished run shows what it reached.
-    result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, result["steps"])
+    if run.start_step >= config.steps:  # asking again for a finished run shows what it reached
+        result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, run.start_step)
     return result
 
 
@@ -175,7 +176,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -
     shown = ", ".join(map(str, packs[:8])) + (f" and {len(packs) - 8} more" if len(packs) > 8 else "")
     raise UserError(
         f"run {config.out}: diverged at step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, "
-        f"learning rate {row['lr']:.2e}; no checkpoint was written since. Try a lower optimizer.lr or a "
+        f"learning rate {row['lr']:.2e}; the update before it may be the cause. Try a lower optimizer.lr or a "
         f"longer schedule.warmup_steps with another --out, and look at the packs of that step (split train: "
         f"{shown}) with `python -m preprocess inspect`"
     )
@@ -184,8 +185,18 @@ def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -
 def evaluate_and_report(
     config: RunConfig, dataset: DataSet, run: Run, world: World, reporter: Reporter, step: int
 ) -> Values:
+    """Measure, write and print.
+
+    Raises:
+        UserError: the loss is not finite: the last update ruined the weights.
+    """
     values = evaluate_model(run.model, dataset, config.eval, world)
     reporter.write_evaluation(step, values)
+    if not is_finite(values["loss"]):
+        raise UserError(
+            f"run {config.out}: diverged: the validation loss after step {step} is {values['loss']}; try a lower "
+            f"optimizer.lr or a longer schedule.warmup_steps with another --out"
+        )
     for line in describe(step, values):
         reporter.console.print(line)
     return values

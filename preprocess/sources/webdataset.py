@@ -160,12 +160,29 @@ def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
 
 
 def _what_follows(unit: str, offset: int) -> str:
-    """ "" when the archive ends at `offset`, with a block of zeros or with the file.
+    """What is lost behind the archive's end at `offset`; "" when that is nothing.
 
-    tarfile takes a header that it cannot read for the end, once there was a good one.
+    tarfile takes a header that it cannot read for the end, once there was a good one, and stops at a block of
+    zeros, though another archive may have been appended to it. Other bytes behind the zeros are no members.
     """
-    block = os.pread(_open(unit).fileno(), tarfile.BLOCKSIZE, offset)
-    return f"no readable header at byte {offset}" if block.strip(b"\0") else ""
+    file, block = _open(unit).fileno(), b""
+    position = offset
+    while chunk := os.pread(file, 1 << 20, position):
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk):
+            position += zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            block = os.pread(file, tarfile.BLOCKSIZE, position)
+            break
+        position += len(chunk)
+    if not block:
+        return ""
+    if position == offset:
+        return f"no readable header at byte {offset}"
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return ""
+    return f"another archive follows at byte {position}; unpack the tar and pack it again as one"
 
 
 def _add_member(groups: dict[str, _Group], repeats: list[_Group], member: tarfile.TarInfo) -> None:

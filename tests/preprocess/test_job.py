@@ -418,3 +418,11 @@ def test_a_budget_whose_packs_no_parquet_value_holds_is_refused(finished: Prepro
     fits = replace(finished, geometry=geometry, budget=replace(finished.budget, N=1, L=44_739_240))
     with pytest.raises(ValueError, match="a Parquet value holds less than 2147483648: lower N or L"):
         replace(fits, budget=replace(fits.budget, L=44_739_244))
+
+
+def test_a_shard_that_another_run_wrote_meanwhile_is_never_finished(config: PreprocessConfig) -> None:
+    with open_job(config) as job:
+        result = sorted((Path(config.output) / "plan").glob("*.result.json"))[0]
+        write_json(result, {**read_json(result), "identity": "0" * 16})
+        with pytest.raises(UserError, match="was written by another run meanwhile"):
+            job.finish()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -144,3 +146,14 @@ def test_a_missing_or_damaged_json_file_is_an_error_that_says_what_to_do(
         path.write_text(content)
     with pytest.raises(UserError, match=r"x\.json: .*; make it again"):
         read_json(path, mend="make it again")
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_directory(tmp_path, "testing"):
+        assert "no locks here" in caplog.text

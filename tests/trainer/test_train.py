@@ -395,3 +395,13 @@ def test_the_trainer_imports_neither_ray_nor_tokenizers_nor_the_other_stage() ->
     code = "import sys, trainer.train; print({'ray', 'tokenizers', 'preprocess'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_run_whose_last_update_ruins_the_weights_ends_before_a_checkpoint_keeps_them(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ruin = ["--steps", "1", "--schedule.warmup_steps", "0", "--optimizer.lr", "1e38", "--json"]
+    assert main([*command, *ruin]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "the validation loss after step 1 is nan" in error and "lower optimizer.lr" in error
+    assert not (Path(command[-1]) / "checkpoints").exists()
