@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from shared.config import require_at_least
 from shared.geometry import Budget, Geometry
 from shared.tokens import TokenNames
 
@@ -45,6 +46,9 @@ class ImageLimits:
     max_pixels: int = 64_000_000
     max_bytes: int = 64 << 20
 
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "max_pixels", "max_bytes")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
@@ -60,14 +64,10 @@ class PlanConfig:
     images_per_row: int = 0
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.shard_bytes < 1:
-            raise ValueError(f"window {self.window} and shard_bytes {self.shard_bytes} must be at least 1")
+        require_at_least(self, 1, "window", "shard_bytes")
+        require_at_least(self, 0, "images_per_row")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}")
-        if self.images_per_row < 0:
-            raise ValueError(
-                f"images_per_row must be at least 0 (0: as many as fit), got {self.images_per_row}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +82,9 @@ class CostConfig:
     decoder_layers: int = 16
     decoder_parameters: int = 1_240_000_000
 
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, *(field.name for field in fields(self)))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RayConfig:
@@ -95,11 +98,8 @@ class RayConfig:
     queued_per_worker: int = 2
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or self.queued_per_worker < 1:
-            raise ValueError(
-                f"workers must be at least 0 (0: every core) and queued_per_worker at least 1, "
-                f"got {self.workers} and {self.queued_per_worker}"
-            )
+        require_at_least(self, 0, "workers")
+        require_at_least(self, 1, "queued_per_worker")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,6 @@ R = TypeVar("R")
 class Executor(Protocol):
     """Runs a module-level function over units and yields small results in order of completion."""
 
-    name: str
-
     def map(self, function: Callable[[U], R], units: Sequence[U]) -> Iterator[R]: ...
 
     def close(self) -> None: ...
@@ -22,8 +20,6 @@ class Executor(Protocol):
 
 class SerialExecutor:
     """Everything in this process: for small jobs, debuggers and tests."""
-
-    name = "serial"
 
     def __init__(self, retries: int) -> None:
         self._retries = retries

@@ -102,8 +102,8 @@ def resize(image_hwc: npt.NDArray[np.uint8], h: int, w: int, geometry: Geometry)
     """Antialiased resize, uint8 [H, W, 3] -> uint8 [h * p, w * p, 3].
 
     torch's uint8 kernel for channels-last pictures: vectorized fixed-point arithmetic, first the width, then
-    the height, within a level of Pillow's result in that order (two in less than one value of a million) and
-    several times faster (benchmarks/images.py).
+    the height, within a level of Pillow's result in that order (two in less than one value of a million).
+    What it is worth: benchmarks/images.py.
     """
     height, width = h * geometry.patch_size, w * geometry.patch_size
     if image_hwc.shape[:2] == (height, width):

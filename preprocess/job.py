@@ -188,9 +188,8 @@ class Job:
 def open_job(config: PreprocessConfig) -> Generator[Job, None, None]:
     """The job of a config, ready for its passes, its output directory held by this process alone."""
     job = Job(config)
-    identity = (
-        job.identity
-    )  # reads tokenizer and inputs: what is wrong with them ends here, before anything is made
+    # This reads tokenizer and inputs: what is wrong with them ends here, before anything is made.
+    identity = job.identity
     with lock_directory(job.output, "preprocessing"):
         job.prepare(identity)
         yield job

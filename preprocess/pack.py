@@ -10,7 +10,7 @@ workers, after any interruption. A picture that cannot be decoded rejects its pi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from preprocess.config import CostConfig, ImageLimits, SourceConfig
 from preprocess.cost import pack_cost
 from preprocess.images import ImageError, decode, resize
 from preprocess.plan import PLAN_SCHEMA
-from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject
+from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject, Source
 from preprocess.scan import cached_tokenizer
 from preprocess.sources import open_source
 from preprocess.stream import Tokens, image_starts, stream_length, token_stream
@@ -116,8 +116,10 @@ def pack_shard(task: PackTask) -> int:
     totals = {"tokens": 0, "labels": 0, "patches": 0, "images": 0, "documents": 0}
     with atomic_path(task.output) as temporary:
         writer = ShardWriter(temporary, task.budget.S, task.fingerprint)
+        # Once per shard: a config may list a hundred thousand paths.
+        sources = {name: open_source(name, config) for name, config in task.sources.items()}
         for pieces in _read_plan(task.plan):
-            members, failed = _load_pieces(pieces, task)
+            members, failed = _load_pieces(pieces, sources, task)
             rejects += failed
             if not members:
                 continue
@@ -161,16 +163,16 @@ def _read_plan(path: Path) -> Iterator[list[Piece]]:
         yield current
 
 
-def _load_pieces(pieces: Sequence[Piece], task: PackTask) -> tuple[list[PackedPiece], list[dict[str, Any]]]:
+def _load_pieces(
+    pieces: Sequence[Piece], sources: Mapping[str, Source], task: PackTask
+) -> tuple[list[PackedPiece], list[dict[str, Any]]]:
     """Tokens and resized pictures of the pieces of one pack; those with a broken picture become rejects."""
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
     texts = [
-        open_source(piece.source, task.sources[piece.source]).read_text(
-            task.unit_path(piece.unit), s.offset, s.size
-        )
+        _read_text(piece, segment, sources[piece.source], task)
         for piece in pieces
-        for s in piece.segments
-        if s.kind == TEXT
+        for segment in piece.segments
+        if segment.kind == TEXT
     ]
     encoded = iter(tokenizer.encode(texts))
     members: list[PackedPiece] = []
@@ -179,12 +181,10 @@ def _load_pieces(pieces: Sequence[Piece], task: PackTask) -> tuple[list[PackedPi
         own = [next(encoded) for s in piece.segments if s.kind == TEXT]
         tokens, labels = token_stream(piece.segments, own, tokenizer.ids)
         if len(tokens) != stream_length(piece.segments, tokenizer.ids):
-            raise UserError(
-                f"source {piece.source!r}: {piece.unit}: the text of {piece.key!r} has changed since the scan; "
-                f"run again with --on_change rebuild"
-            )
+            raise _changed_text(piece)
         try:
-            images = _load_images(piece, image_starts(piece.segments, tokenizer.ids), task)
+            starts = image_starts(piece.segments, tokenizer.ids)
+            images = _load_images(piece, starts, sources[piece.source], task)
         except ImageError as error:
             part = -1 if piece.parts == 1 else piece.part
             reject = Reject(piece.source, piece.key, error.reason, str(error), part)
@@ -195,8 +195,23 @@ def _load_pieces(pieces: Sequence[Piece], task: PackTask) -> tuple[list[PackedPi
     return members, rejects
 
 
-def _load_images(piece: Piece, starts: Sequence[int], task: PackTask) -> list[PlacedImage]:
-    source = open_source(piece.source, task.sources[piece.source])
+def _read_text(piece: Piece, segment: IndexSegment, source: Source, task: PackTask) -> str:
+    try:
+        return source.read_text(task.unit_path(piece.unit), segment.offset, segment.size)
+    except UserError:
+        raise
+    except (ValueError, KeyError):  # the scan could read it
+        raise _changed_text(piece) from None
+
+
+def _changed_text(piece: Piece) -> UserError:
+    return UserError(
+        f"source {piece.source!r}: {piece.unit}: the text of {piece.key!r} has changed since the scan; "
+        f"run again with --on_change rebuild"
+    )
+
+
+def _load_images(piece: Piece, starts: Sequence[int], source: Source, task: PackTask) -> list[PlacedImage]:
     images = [s for s in piece.segments if s.kind == IMAGE][piece.first_image : piece.last_image]
     begins = starts[piece.first_image : piece.last_image]
     placed: list[PlacedImage] = []

@@ -30,8 +30,6 @@ R = TypeVar("R")
 class RayExecutor:
     """Tasks on a running cluster (`address`), or on a local one that lives as long as this object."""
 
-    name = "ray"
-
     def __init__(self, config: RayConfig, retries: int) -> None:
         self._config = config
         self._retries = retries

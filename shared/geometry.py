@@ -121,8 +121,8 @@ def _native_cells(height_u: IntArray, width_u: IntArray, cell: int, max_cells: i
     Among all grids a x b of cells inside the picture and the cap, take the least `stretch**2 * unused`,
     where stretch >= 1 is the factor by which the aspect ratio is bent and unused >= 1 the factor by which
     the cells available exceed those used. The square makes one per cent of bend worth two per cent of the
-    cap: over CC12M-like sizes at 256 patches it halves the largest bends for 0.4 % of the cap
-    (benchmarks/geometry.py). For each a only the two b next to the true aspect ratio can be best.
+    cap (benchmarks/geometry.py: what that gives). For each a only the two b next to the true aspect ratio can
+    be best.
     Only quotients of integers are compared, so every IEEE machine picks the same grid.
     """
     limit_a_u = np.maximum(1, height_u // cell)

@@ -426,3 +426,9 @@ def test_a_shard_that_another_run_wrote_meanwhile_is_never_finished(config: Prep
         write_json(result, {**read_json(result), "identity": "0" * 16})
         with pytest.raises(UserError, match="was written by another run meanwhile"):
             job.finish()
+
+
+@pytest.mark.parametrize("name", ["max_pixels", "max_bytes"])
+def test_a_limit_below_one_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be at least 1, got -5"):
+        ImageLimits(**{name: -5})

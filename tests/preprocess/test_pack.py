@@ -219,13 +219,14 @@ def test_a_shard_of_which_nothing_is_left_is_not_in_the_data_set(tmp_path: Path)
     assert verify_dataset(Path(config.output))[0]["packs"] == 1
 
 
-def test_text_that_changed_since_the_scan_stops_the_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [b"another    ", b"\xff\xfe caption"], ids=["longer", "not UTF-8"])
+def test_text_that_changed_since_the_scan_stops_the_job(tmp_path: Path, other: bytes) -> None:
     path = write_samples(tmp_path / "a.tar", {"a": (png(8, 8), "one caption")})
     job = Job(make_config(tmp_path, path))
     job.prepare(job.identity)
     job.scan(SerialExecutor(0))
     data = path.read_bytes()
-    path.write_bytes(data.replace(b"one caption", b"another    "))
+    path.write_bytes(data.replace(b"one caption", other))
     with pytest.raises(UserError, match=r"the text of 'a' has changed since the scan.*--on_change rebuild"):
         job.pack(SerialExecutor(0))
 
