@@ -84,7 +84,7 @@ class World:
 
 
 @contextmanager
-def open_world(device: str, dtype: str) -> Generator[World]:
+def open_world(device: str, dtype: str) -> Generator[World, None, None]:
     """Join the processes that the launcher started; leave them at the end.
 
     Raises:
