@@ -162,7 +162,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Generator[None]:
+def _damage_named(path: Path) -> Generator[None, None, None]:
     """Turn what damaged files raise into a UserError; torch gives every rank the failures of all."""
     try:
         yield
@@ -183,7 +183,7 @@ def _damage_named(path: Path) -> Generator[None]:
 
 
 @contextmanager
-def _expected_alone() -> Generator[None]:
+def _expected_alone() -> Generator[None, None, None]:
     """Without a process group torch warns that it assumes one process; that is what is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

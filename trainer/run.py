@@ -39,7 +39,7 @@ def checkpoint_directory(out: Path) -> Path:
 
 
 @contextmanager
-def hold_run(out: Path, world: World) -> Generator[None]:
+def hold_run(out: Path, world: World) -> Generator[None, None, None]:
     """Keep every other training run out of `out`, from before it is read until the last row is written.
 
     Raises:
