@@ -4,7 +4,8 @@
 
 A config is a tree of dataclasses. Each validates itself in `__post_init__` and raises `ValueError` with the
 value in the message; this module adds where the value came from. Supported field types: int, float, bool,
-str, `Literal`, `tuple[T, ...]`, `X | None`, nested dataclasses, and `dict[str, Dataclass]` for named tables.
+str, `Literal`, `tuple[T, ...]`, `X | None`, nested dataclasses, `dict[str, Dataclass]` for named tables, and
+unions of dataclasses that a `Literal` field tells apart, such as `format`.
 An unknown key, a wrong type and a missing key are `UserError`s that name the key (and the closest match).
 """
 
@@ -148,6 +149,15 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
         else:
             raise UserError(f"{where}: --{key}: {'.'.join(parts[:depth])} has no keys of its own")
         current = _without_none(hint)
+        if _is_union(current) and depth < len(parts) - 1:
+            table = node.get(part)
+            tag, options = _variants(current)
+            # The table in the file says which it is, or an override before this one; the tag itself is in all.
+            chosen = str(table.get(tag)) if isinstance(table, dict) else ""
+            after = parts[depth + 1 : depth + 2]
+            if chosen not in options and after != [tag]:
+                raise UserError(f"{where}: --{key}: set --{'.'.join(parts[: depth + 1])}.{tag} first")
+            current = options.get(chosen) or next(iter(options.values()))
         if depth < len(parts) - 1:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
@@ -165,7 +175,7 @@ def _from_words(hint: Any, words: list[str], where: str) -> Any:
     if len(words) != 1:
         raise UserError(f"{where}: expected one value, got {len(words)}")
     word = words[0]
-    if dataclasses.is_dataclass(inner) or get_origin(inner) is dict:
+    if dataclasses.is_dataclass(inner) or get_origin(inner) is dict or _is_union(inner):
         raise UserError(f"{where}: is a section; set one of its keys, {where.split()[-1]}.KEY")
     try:
         if inner is bool:
@@ -206,6 +216,8 @@ def _build(cls: type[T], tree: Mapping[str, Any], origin: str, prefix: str) -> T
 
 def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
     inner = _without_none(hint)
+    if _is_union(inner) and isinstance(value, Mapping):
+        inner = _choose(inner, value, origin, key)
     kind = get_origin(inner)
     fits = False
     if dataclasses.is_dataclass(inner):
@@ -240,11 +252,43 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
 
 def _without_none(hint: Any) -> Any:
     """`X | None` -> `X`."""
-    if get_origin(hint) in (Union, types.UnionType):
+    if _is_union(hint):
         options = [option for option in get_args(hint) if option is not type(None)]
-        assert len(options) == 1, f"config fields have one type beside None, not {hint}"
-        return options[0]
+        return options[0] if len(options) == 1 else hint
     return hint
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _variants(union: Any) -> tuple[str, dict[str, type]]:
+    """The field that tells the dataclasses of a union apart, and which of its values means which."""
+    classes = get_args(union)
+    hints = [get_type_hints(cls) for cls in classes]
+    for tag in hints[0]:
+        if all(get_origin(of_class.get(tag)) is Literal for of_class in hints):
+            options = {
+                value: cls
+                for cls, of_class in zip(classes, hints, strict=True)
+                for value in get_args(of_class[tag])
+            }
+            if len(options) == sum(len(get_args(of_class[tag])) for of_class in hints):
+                return tag, options
+    raise TypeError(f"no Literal field tells {union} apart")
+
+
+def _choose(union: Any, table: Mapping[str, Any], origin: str, key: str) -> type:
+    tag, options = _variants(union)
+    names = list(options)
+    if tag not in table:
+        raise UserError(f"{origin}: missing key {f'{key}.{tag}'!r} (one of {', '.join(names)})")
+    if str(table[tag]) not in options:
+        raise UserError(
+            f"{origin}: {key}.{tag}: {table[tag]!r} is not one of {', '.join(names)}; "
+            f"{closest(str(table[tag]), names)}"
+        )
+    return options[str(table[tag])]
 
 
 def _name(hint: Any) -> str:
@@ -253,7 +297,7 @@ def _name(hint: Any) -> str:
         return "one of " + ", ".join(str(option) for option in get_args(inner))
     if get_origin(inner) is tuple:
         return f"a list of {_name(get_args(inner)[0])}"
-    if get_origin(inner) is dict or dataclasses.is_dataclass(inner):
+    if get_origin(inner) is dict or dataclasses.is_dataclass(inner) or _is_union(inner):
         return "a table"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
         inner, str(inner)

@@ -316,3 +316,60 @@ def test_any_config_survives_toml(
     file = tmp_path_factory.getbasetemp() / "any.toml"
     file.write_text(text, encoding="utf-8", newline="")
     assert load_config(Run, file) == config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tars:
+    format: Literal["tar"] = "tar"
+    caption: str = "txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tables:
+    format: Literal["csv", "jsonl"]
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    sources: dict[str, Tars | Tables]
+
+
+def test_a_field_tells_the_tables_of_a_union_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('[sources.a]\nformat = "tar"\ncaption = "alt"\n[sources.b]\nformat = "jsonl"\n')
+    config = load_config(Inputs, path, ["--sources.b.columns", "x", "y", "--sources.c.format", "csv"])
+    assert config.sources == {
+        "a": Tars(caption="alt"),
+        "b": Tables(format="jsonl", columns=("x", "y")),
+        "c": Tables(format="csv"),
+    }
+    again = tmp_path / "b.toml"
+    again.write_text(to_toml(config))
+    assert load_config(Inputs, again) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ('[sources.a]\ncaption = "x"', [], r"missing key 'sources.a.format' \(one of tar, csv, jsonl\)"),
+        (
+            '[sources.a]\nformat = "tra"',
+            [],
+            "sources.a.format: 'tra' is not one of tar, csv, jsonl; did you mean 'tar'",
+        ),
+        ("[sources.a]\nformat = [1]", [], "sources.a.format: .1. is not one of tar, csv, jsonl"),
+        ('[sources.a]\nformat = "csv"\ncaption = "x"', [], "unknown key 'sources.a.caption'"),
+        ("sources = {a = 3}", [], "sources.a: expected a table, got 3"),
+        ("", ["--sources.a.caption", "x"], "set --sources.a.format first"),
+        ("", ["--sources.a", "x"], "is a section"),
+        ('[sources.a]\nformat = "csv"', ["--sources.a.caption", "x"], "unknown key --sources.a.caption"),
+    ],
+)
+def test_a_union_that_is_not_told_apart_is_an_error_that_says_so(
+    tmp_path: Path, content: str, overrides: list[str], message: str
+) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(Inputs, path, overrides)
