@@ -45,9 +45,42 @@ class ImageLimits:
     # JPEG 7 to 10, WebP 16, JPEG 2000 18), so that 64 megapixels keep it below 1.5 GB beside its pack.
     max_pixels: int = 64_000_000
     max_bytes: int = 64 << 20
+    # Sides in pixels. The longest is what JPEG can hold; how small is too small, the data set has to say.
+    max_side: int = 65_535
+    min_side: int = 1
+    # Longest side : shortest side. Beyond it a picture is a line: of 256 patches of 16 pixels one high or wide.
+    max_aspect: float = 200.0
+    # Decoding one picture may take this long.
+    max_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "max_pixels", "max_bytes")
+        require_at_least(self, 1, "max_pixels", "max_bytes", "max_side", "min_side", "max_aspect")
+        if self.max_side < self.min_side:
+            raise ValueError(f"max_side {self.max_side} is below min_side {self.min_side}: no picture is left")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageConfig:
+    """How pixels are decoded."""
+
+    # What is behind transparent pixels: "#rrggbb".
+    background: str = "#ffffff"
+    # Decode a JPEG to 1/2, 1/4 or 1/8 of its size where twice the target remains on both sides.
+    dct_scaling: bool = True
+    # Colours of embedded profiles (Display P3, Adobe RGB, inks) to sRGB. Costs nothing without a profile, and
+    # what it costs with one is spent on the resized picture; false takes all colours for sRGB, as most loaders do.
+    convert_profiles: bool = True
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"#[0-9A-Fa-f]{6}", self.background):
+            raise ValueError(f'background must be "#rrggbb" in hexadecimal digits, got {self.background!r}')
+
+    @property
+    def background_rgb(self) -> tuple[int, int, int]:
+        red, green, blue = bytes.fromhex(self.background[1:])
+        return red, green, blue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +153,7 @@ class PreprocessConfig:
     geometry: Geometry = field(default_factory=Geometry)
     tokens: TokenNames = field(default_factory=TokenNames)
     limits: ImageLimits = field(default_factory=ImageLimits)
+    images: ImageConfig = field(default_factory=ImageConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     ray: RayConfig = field(default_factory=RayConfig)

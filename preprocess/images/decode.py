@@ -1,0 +1,89 @@
+"""Encoded picture -> its pixels as stored: all of them, or fewer where a JPEG is much larger than what it becomes.
+
+JPEG is decoded by libjpeg-turbo straight into an array; everything else, and every JPEG that libjpeg-turbo says
+the least word about, by Pillow, whose verdict on damage is the one that counts.
+"""
+
+from __future__ import annotations
+
+import io
+from contextlib import nullcontext
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from preprocess.config import ImageLimits
+from preprocess.images.colour import Pixels, Transform, opaque
+from preprocess.images.errors import pillow_limit, quiet_stderr, reject_as
+
+# Made opaque at a time: every step of that has a copy, of 16 MB with this.
+BAND_PIXELS = 4 << 20
+
+# A JPEG is decoded to 1/2, 1/4 or 1/8 of its size if this many times the target remains on both sides
+# (benchmarks/images.py: what other margins do to the result). Those are the sizes with vectorized code.
+MARGIN = 2
+_SCALES = (8, 4, 2)
+
+
+def decode(
+    picture: Image.Image,
+    data: bytes | memoryview,
+    *,
+    target: tuple[int, int] | None,
+    limits: ImageLimits,
+    background: tuple[int, int, int],
+    profile: Transform | None,
+) -> Pixels:
+    """uint8 [H, W, 3], or CMYK [H, W, 4], in the order of the file.
+
+    target: (height, width) that the pixels are going to be resized to, which allows fewer pixels; None for all.
+
+    Raises:
+        ImageError: the pixels cannot be decoded, all of them.
+    """
+    if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L"):
+        if (pixels_hwc := _turbo(data, picture.size, target)) is not None:
+            return pixels_hwc
+    quiet = quiet_stderr() if picture.format == "TIFF" else nullcontext()
+    with reject_as("image_corrupt", io.BytesIO(data)), pillow_limit(limits.max_pixels), quiet:
+        picture.load()
+        pixels_hwc = _in_bands(picture, background, profile)
+    # Pillow takes every CMYK JPEG for one of Adobe's, which hold the paper that shows instead of the ink.
+    if picture.format == "JPEG" and picture.mode == "CMYK" and "adobe" not in picture.info:
+        return 255 - pixels_hwc
+    return pixels_hwc
+
+
+def _turbo(data: bytes | memoryview, size: tuple[int, int], target: tuple[int, int] | None) -> Pixels | None:
+    """RGB uint8 [H, W, 3]; None if the decoder has anything to object, be it a warning."""
+    width, height = size
+    scale = 1 if target is None else scale_of((height, width), target)
+    least = (-(-height // scale), -(-width // scale))
+    # The decoder takes the smallest of its sizes that is no smaller: exactly this. 0 asks for no scaling.
+    min_height, min_width = least if scale > 1 else (0, 0)
+    try:
+        pixels_hwc = simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
+    except ValueError:
+        return None
+    return pixels_hwc if pixels_hwc.shape[:2] == least else None
+
+
+def scale_of(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """Divisor of a JPEG's size to decode it to: 8, 4, 2 or 1."""
+    fits = (s for s in _SCALES if all(-(-a // s) >= MARGIN * b for a, b in zip(size, target, strict=True)))
+    return next(fits, 1)
+
+
+def _in_bands(picture: Image.Image, background: tuple[int, int, int], profile: Transform | None) -> Pixels:
+    """Band by band, so that only the picture as decoded and the result are whole."""
+    width, height = picture.size
+    if width * height <= BAND_PIXELS:
+        return opaque(picture, background, profile)
+    rows = max(1, BAND_PIXELS // width)
+    out_hwc = np.empty((height, width, 4 if picture.mode == "CMYK" else 3), np.uint8)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = picture.crop((0, top, width, bottom))
+        out_hwc[top:bottom] = opaque(band, background, profile)
+    return out_hwc
