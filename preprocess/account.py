@@ -4,8 +4,9 @@
     parts     made = packed + sum(rejected)            of the samples that were cut
 
 A cut sample counts as `split_parts` when at least one of its parts is trained on; its other parts, if any
-failed, are counted in `parts.rejected`. A sample of which nothing is trained on is rejected. The two sides
-come from different files (read: index; packed: shards), so a lost sample shows.
+failed, are counted in `parts.rejected`. A sample of which nothing is trained on is rejected. A picture that is
+dropped from a sample that lives on is counted in `media_dropped`. The two sides come from different files (read:
+index; packed: shards), so a lost sample shows.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
-from preprocess.index import IndexedUnit, read_index
+from preprocess.index import IndexedUnit, read_counts, read_unit_rejects
 from preprocess.samples import Reject
 from shared.tables import read_table
 
@@ -36,15 +35,18 @@ class SourceAccount:
     parts_rejected: Counter[str] = field(default_factory=Counter[str])
     # Samples of `split_parts` that lost one of their parts.
     incomplete: Counter[str] = field(default_factory=Counter[str])
+    # Pictures and videos of the samples that are trained on: seen by the scan, and lost from them.
+    media_read: int = 0
+    media_dropped: Counter[str] = field(default_factory=Counter[str])
 
     @property
     def num_rejected(self) -> int:
         return sum(self.rejected.values())
 
     @property
-    def losses(self) -> list[str]:
-        """A reason for every sample that is not trained on as a whole: what the ceiling counts."""
-        return [*self.rejected.elements(), *self.incomplete.elements()]
+    def losses(self) -> Counter[str]:
+        """Samples that are rejected or lost a part, by reason: what the ceiling counts."""
+        return self.rejected + self.incomplete
 
     def imbalance(self) -> str | None:
         """None when both equations hold, else the one that does not."""
@@ -67,19 +69,35 @@ class SourceAccount:
                 "rejected": dict(sorted(self.parts_rejected.items())),
                 "incomplete_samples": dict(sorted(self.incomplete.items())),
             },
+            "media_dropped": dict(sorted(self.media_dropped.items())),
         }
 
 
-def scan_rejects(units: Sequence[IndexedUnit]) -> tuple[dict[str, int], list[Reject]]:
-    """Samples read per source, and what the scan rejected, from the index files."""
-    read: Counter[str] = Counter()
-    rejects: list[Reject] = []
+@dataclass(slots=True)
+class ScanCounts:
+    """What the scan counted of one source."""
+
+    read: int = 0
+    media: int = 0
+    rejected: Counter[str] = field(default_factory=Counter[str])
+    media_dropped: Counter[str] = field(default_factory=Counter[str])
+
+
+def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
+    """Counts of every source, from the footers of its index files."""
+    counts: dict[str, ScanCounts] = {}
     for unit in units:
-        table = read_index(unit.path)
-        read[unit.source] += len(table)
-        bad = table.filter(pc.field("reason") != "").select(["key", "reason", "detail"])
-        rejects += [Reject(unit.source, **row) for row in bad.to_pylist()]
-    return dict(read), rejects
+        found, line = read_counts(unit.path), counts.setdefault(unit.source, ScanCounts())
+        line.read += found["read"]
+        line.media += found["media"]
+        line.rejected.update(found["rejected"])
+        line.media_dropped.update(found["media_dropped"])
+    return counts
+
+
+def scan_rejects(units: Sequence[IndexedUnit]) -> list[Reject]:
+    """What the scan rejected, samples and pictures."""
+    return [reject for unit in units for reject in read_unit_rejects(unit)]
 
 
 def read_rejects(path: Path) -> list[Reject]:
@@ -89,7 +107,7 @@ def read_rejects(path: Path) -> list[Reject]:
 
 def settle(
     sources: Sequence[str],
-    read: Mapping[str, int],
+    scanned: Mapping[str, ScanCounts],
     early_rejects: Sequence[Reject],
     planned: Mapping[str, Mapping[str, int]],
     results: Sequence[Mapping[str, Any]],
@@ -98,19 +116,27 @@ def settle(
 
     early_rejects: of scan and plan. planned: `sources` of plan.json. results: the shards' result files.
     """
-    accounts = {name: SourceAccount(read=read.get(name, 0)) for name in sources}
+    accounts = {name: SourceAccount() for name in sources}
+    for name, counts in scanned.items():
+        accounts[name].read, accounts[name].media_read = (
+            counts.read,
+            counts.media + counts.media_dropped.total(),
+        )
     rejects = list(early_rejects)
     for reject in early_rejects:
-        accounts[reject.source].rejected[reject.reason] += 1
+        account = accounts[reject.source]
+        (account.rejected if reject.media < 0 else account.media_dropped)[reject.reason] += 1
     failed_parts: defaultdict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
     for result in results:
         for name, counts in result["packed"].items():
             accounts[name].packed += counts["whole"]
             accounts[name].parts_packed += counts["parts"]
         for row in result["rejects"]:
-            fields = {key: row[key] for key in ("source", "key", "reason", "detail", "part")}
+            fields = {key: row[key] for key in ("source", "key", "reason", "detail", "part", "media")}
             rejects.append(Reject(**fields))
-            if row["parts"] == 1:
+            if row["media"] >= 0:
+                accounts[row["source"]].media_dropped[row["reason"]] += 1
+            elif row["parts"] == 1:
                 accounts[row["source"]].rejected[row["reason"]] += 1
             else:
                 accounts[row["source"]].parts_rejected[row["reason"]] += 1

@@ -6,35 +6,13 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from preprocess.sources import AnySource
 from shared.config import require_at_least
 from shared.geometry import Budget, Geometry
 from shared.tokens import TokenNames
 
 # A page header and a value's length count bytes as int32.
 MAX_BLOB_BYTES = 1 << 31
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
-    """One named table under [sources]: where samples come from and what happens to the odd ones."""
-
-    format: Literal["webdataset"] = "webdataset"
-    paths: tuple[str, ...]
-    # "txt": the .txt member. "json:FIELD": a field of the .json member.
-    caption: str = "txt"
-    # What happens to a sample that does not fit one pack: cut at token borders, or rejected by name of budget.
-    # A caption longer than a pack is no caption, and cut off from its picture it teaches nothing.
-    too_long: Literal["split", "reject"] = "reject"
-    # The job stops when more than this share of a source's samples is rejected, or loses a part.
-    max_reject_rate: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not self.paths:
-            raise ValueError("paths is empty; name at least one file")
-        if not 0 <= self.max_reject_rate <= 1:
-            raise ValueError(f"max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
-        if self.caption != "txt" and not (self.caption.startswith("json:") and len(self.caption) > 5):
-            raise ValueError(f'caption must be "txt" or "json:FIELD", got {self.caption!r}')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +119,7 @@ class PreprocessConfig:
 
     output: str
     tokenizer: str
-    sources: dict[str, SourceConfig]
+    sources: dict[str, AnySource]
     budget: Budget
     seed: int = 0
     codec: Literal["raw"] = "raw"

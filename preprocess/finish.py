@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from preprocess.account import SourceAccount, read_rejects, scan_rejects, settle
-from preprocess.config import SourceConfig
+from preprocess.account import ScanCounts, SourceAccount, read_rejects, scan_counts, scan_rejects, settle
 from preprocess.identity import made_by
 from preprocess.index import IndexedUnit
-from preprocess.plan import reject_table
 from preprocess.report.stats import collect_stats, print_report
-from preprocess.samples import Reject
+from preprocess.samples import Reject, reject_table
+from preprocess.sources.base import SourceConfig
 from shared.dataset import MANIFEST, fingerprint_of
 from shared.errors import UserError
 from shared.files import atomic_path, write_json
@@ -44,9 +44,10 @@ def finish(
         UserError: nothing was packed, or a source lost more samples than its ceiling allows.
         RuntimeError: the account does not balance, a defect of the program.
     """
-    read, early = scan_rejects(units)
-    early += read_rejects(output / "plan" / "rejects.parquet")
-    accounts, rejects = settle(list(sources), read, early, plan["sources"], list(results.values()))
+    early = scan_rejects(units) + read_rejects(output / "plan" / "rejects.parquet")
+    accounts, rejects = settle(
+        list(sources), scan_counts(units), early, plan["sources"], list(results.values())
+    )
     _check_accounts(accounts, sources)
     filled = {name: result for name, result in results.items() if result["packs"]}
     if not filled:
@@ -62,27 +63,39 @@ def finish(
     return stats
 
 
-def check_reject_rate(source: str, reasons: Sequence[str], read: int, limit: float, step: str) -> None:
+def check_reject_rate(
+    source: str, reasons: Counter[str], read: int, limit: float, step: str, what: str = "samples"
+) -> None:
     """Stop a job that is eating its data.
 
     Raises:
-        UserError: more than the share `limit` of the `read` samples was rejected.
+        UserError: more than the share `limit` of the `read` samples (or images) was lost.
     """
-    rejected = len(reasons)
-    if read < MIN_SAMPLES_FOR_REJECT_RATE or rejected <= limit * read:
+    if read < MIN_SAMPLES_FOR_REJECT_RATE or reasons.total() <= limit * read:
         return
-    counts = ", ".join(f"{reason} {reasons.count(reason)}" for reason in sorted(set(reasons)))
+    counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
     raise UserError(
-        f"source {source!r}: {rejected} of {read} samples rejected in the {step} ({counts}), above max_reject_rate "
-        f"{limit}; look at the inputs, or raise sources.{source}.max_reject_rate"
+        f"source {source!r}: {reasons.total()} of {read} {what} rejected in the {step} ({counts}), above "
+        f"max_reject_rate {limit}; look at the inputs, or raise sources.{source}.max_reject_rate"
     )
+
+
+def check_scan(counts: Mapping[str, ScanCounts], sources: Mapping[str, SourceConfig]) -> None:
+    """Hold the ceilings against what the scan found, before the expensive pass."""
+    for name, source in sources.items():
+        line = counts.get(name, ScanCounts())
+        check_reject_rate(name, line.rejected, line.read, source.max_reject_rate, "scan")
+        media = line.media + line.media_dropped.total()
+        check_reject_rate(name, line.media_dropped, media, source.max_reject_rate, "scan", "images")
 
 
 def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str, SourceConfig]) -> None:
     for name, account in accounts.items():
         if fault := account.imbalance():
             raise RuntimeError(f"account of source {name!r} does not balance: {fault}")
-        check_reject_rate(name, account.losses, account.read, sources[name].max_reject_rate, "job")
+        limit = sources[name].max_reject_rate
+        check_reject_rate(name, account.losses, account.read, limit, "job")
+        check_reject_rate(name, account.media_dropped, account.media_read, limit, "job", "images")
 
 
 def _write_side_files(output: Path, rejects: Sequence[Reject], tokenizer: Path) -> None:

@@ -9,7 +9,6 @@ with `on_change = "rebuild"`.
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from preprocess.config import PreprocessConfig
 from preprocess.index import IndexedUnit
+from preprocess.inputs import file_state
 from shared.config import to_dict
 from shared.dataset import MANIFEST
 from shared.errors import UserError
@@ -42,14 +42,9 @@ def scan_identity(
             for name, source in settings["sources"].items()
         },
         "tokenizer_sha256": tokenizer_sha256,
-        "inputs": [[unit.source, unit.unit, *_stat(unit.unit)] for unit in units],
+        "inputs": [[unit.source, unit.unit, *file_state(unit.unit)] for unit in units],
         "made_by": made_by(),
     }
-
-
-def _stat(path: str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
 
 
 def made_by() -> dict[str, str]:
@@ -68,8 +63,11 @@ def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, A
     settings = to_dict(config)
     return {
         "scan": scan,
-        "rules": {name: source["too_long"] for name, source in settings["sources"].items()},
-        **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec")},
+        "rules": {
+            name: {key: source[key] for key in ("too_long", "bad_media")}
+            for name, source in settings["sources"].items()
+        },
+        **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec", "images")},
     }
 
 

@@ -1,14 +1,45 @@
-"""The index: one Parquet file per raw file, one row per sample read, lengths only."""
+"""The index: what the scan of one raw file leaves behind, and all that plan and pack know of it.
+
+    index/SOURCE/000000.parquet          one row per usable sample (INDEX_SCHEMA), and counts in the footer
+    index/SOURCE/000000.tokens           the texts as tokens, int32; ~token where it is not learned
+    index/SOURCE/000000.media            encoded pictures that have no place of their own in a file; only if any
+    index/SOURCE/000000.rejects.parquet  what is not trained on (REJECT_SCHEMA); only if any
+
+The first is written last: where it exists, the others are whole.
+"""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
 
-from preprocess.samples import INDEX_SCHEMA
+from preprocess.samples import (
+    INDEX_SCHEMA,
+    TEXT,
+    IndexSegment,
+    Reject,
+    reject_table,
+    segments_column,
+)
+from shared.errors import UserError
+from shared.files import atomic_path
 from shared.tables import read_table
+from shared.tokens import Tokens
+
+# Samples per row group: neighbours that the plan keeps in one window.
+ROWS_PER_BLOCK = 1024
+_COUNTS = b"parquetry.counts"
+MEND = "delete it and run again, it will be scanned again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +50,18 @@ class IndexedUnit:
     unit: str
     path: Path
 
+    @property
+    def rejects(self) -> Path:
+        return self.path.with_suffix(".rejects.parquet")
+
+
+def token_file(index: Path) -> Path:
+    return index.with_suffix(".tokens")
+
+
+def media_file(index: Path) -> Path:
+    return index.with_suffix(".media")
+
 
 def read_index(path: Path) -> pa.Table:
     """The rows of one index file, INDEX_SCHEMA.
@@ -26,4 +69,137 @@ def read_index(path: Path) -> pa.Table:
     Raises:
         UserError: it is missing or damaged.
     """
-    return read_table(path, mend="delete it and run again, it will be scanned again", schema=INDEX_SCHEMA)
+    return read_table(path, mend=MEND, schema=INDEX_SCHEMA)
+
+
+def read_counts(path: Path) -> dict[str, Any]:
+    """What the scan counted, from the footer: `IndexWriter.counts`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        return json.loads(metadata[_COUNTS])
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); {MEND}") from None
+
+
+def read_unit_rejects(unit: IndexedUnit) -> list[Reject]:
+    if not unit.rejects.exists():
+        return []
+    return [Reject(**row) for row in read_table(unit.rejects, mend=MEND).to_pylist()]
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedSample:
+    """A usable sample; `texts` are the tokens of its text segments, ~token where not learned."""
+
+    key: str
+    content_hash: int
+    segments: Sequence[IndexSegment]
+    texts: Sequence[Tokens]
+
+
+class IndexWriter:
+    """Writes the files of one unit as samples come; nothing of them is kept in memory but rejects."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._path, self._stack = path, stack
+        self._parquet = pq.ParquetWriter(
+            stack.enter_context(atomic_path(path)), INDEX_SCHEMA, compression="zstd"
+        )
+        self._tokens: IO[bytes] = open(stack.enter_context(atomic_path(token_file(path))), "wb")  # noqa: SIM115
+        self._media: IO[bytes] | None = None
+        self._num_tokens = self._media_bytes = 0
+        self._rows: list[ScannedSample] = []
+        self._rejects: list[Reject] = []
+        self.read = self.samples = self.media = 0
+
+    def append(self, sample: ScannedSample) -> None:
+        """Take a sample whose text segments have no place yet: it is given here."""
+        texts = iter(sample.texts)
+        segments: list[IndexSegment] = []
+        for segment in sample.segments:
+            if segment.kind == TEXT:
+                tokens = next(texts)
+                self._tokens.write(tokens.astype("<i4").tobytes())
+                segment = IndexSegment(TEXT, "", self._num_tokens, 0, len(tokens))
+                self._num_tokens += len(tokens)
+            else:
+                self.media += 1
+            segments.append(segment)
+        self._rows.append(ScannedSample(sample.key, sample.content_hash, segments, ()))
+        self.samples += 1
+        self.read += 1
+        if len(self._rows) == ROWS_PER_BLOCK:
+            self._flush()
+
+    def reject(self, reject: Reject) -> None:
+        self._rejects.append(reject)
+        self.read += reject.media < 0
+
+    def store(self, data: bytes) -> int:
+        """Keep an encoded picture; returns its offset in the unit's media file."""
+        if self._media is None:
+            self._media = open(self._stack.enter_context(atomic_path(media_file(self._path))), "wb")  # noqa: SIM115
+        offset = self._media_bytes
+        self._media.write(data)
+        self._media_bytes += len(data)
+        return offset
+
+    def counts(self) -> dict[str, Any]:
+        """samples read and usable; tokens of text; pictures and videos kept; rejects by reason."""
+        samples = Counter(reject.reason for reject in self._rejects if reject.media < 0)
+        media = Counter(reject.reason for reject in self._rejects if reject.media >= 0)
+        return {
+            "read": self.read,
+            "samples": self.samples,
+            "text_tokens": self._num_tokens,
+            "media": self.media,
+            "rejected": dict(sorted(samples.items())),
+            "media_dropped": dict(sorted(media.items())),
+        }
+
+    def close(self) -> None:
+        self._flush()
+        if self._rejects:
+            path = self._stack.enter_context(atomic_path(self._path.with_suffix(".rejects.parquet")))
+            pq.write_table(reject_table(self._rejects), path)
+        self._tokens.close()
+        if self._media is not None:
+            self._media.close()
+        self._parquet.add_key_value_metadata({_COUNTS.decode(): json.dumps(self.counts())})
+        self._parquet.close()
+
+    def abandon(self) -> None:
+        """Let the files go, unfinished."""
+        for file in (self._tokens, self._media, self._parquet):
+            if file is not None:
+                file.close()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        hashes = [xxhash.xxh3_64_intdigest(row.key.encode()) for row in self._rows]
+        columns = [
+            pa.array([row.key for row in self._rows], pa.string()),
+            pa.array(np.array(hashes, np.uint64)),
+            pa.array(np.array([row.content_hash for row in self._rows], np.uint64)),
+            segments_column([row.segments for row in self._rows]),
+        ]
+        self._parquet.write_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA))
+        self._rows = []
+
+
+@contextmanager
+def open_index(path: Path) -> Generator[IndexWriter, None, None]:
+    """The writer of one unit's files, which appear when all is written, the index itself last."""
+    with ExitStack() as stack:
+        writer = IndexWriter(path, stack)
+        try:
+            yield writer
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise

@@ -14,17 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from preprocess.account import scan_rejects
+from preprocess.account import scan_counts
 from preprocess.config import PreprocessConfig
 from preprocess.executor import Executor, SerialExecutor
-from preprocess.finish import check_reject_rate, finish
+from preprocess.finish import check_scan, finish
 from preprocess.identity import claim, plan_identity, scan_identity, short_hash
 from preprocess.index import IndexedUnit
 from preprocess.pack import PackTask, pack_shard
 from preprocess.plan import PLAN_SUMMARY, make_plan
 from preprocess.progress import track
 from preprocess.scan import ScanUnit, scan_unit
-from preprocess.sources import list_units
+from preprocess.sources import open_source
+from preprocess.sources.base import SourceContext
 from shared.config import to_toml
 from shared.dataset import MANIFEST, describe_contract, fingerprint_of
 from shared.errors import UserError
@@ -62,8 +63,11 @@ class Job:
         return [
             IndexedUnit(name, unit, self.output / "index" / name / f"{number:06d}.parquet")
             for name, source in self.config.sources.items()
-            for number, unit in enumerate(list_units(name, source))
+            for number, unit in enumerate(open_source(source, self._context(name)).units())
         ]
+
+    def _context(self, name: str) -> SourceContext:
+        return SourceContext(name, Path(self.config.tokenizer).absolute(), self.config.tokens)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -99,16 +103,15 @@ class Job:
                 tokens=self.config.tokens,
                 geometry=self.config.geometry,
                 limits=self.config.limits,
+                hash_content=True,
             )
             for unit in self.units
             if not unit.path.exists()
         ]
         _run(executor, scan_unit, tasks, label="scan", total=len(self.units))
-        read, rejects = scan_rejects(self.units)
-        for name, source in self.config.sources.items():
-            reasons = [reject.reason for reject in rejects if reject.source == name]
-            check_reject_rate(name, reasons, read.get(name, 0), source.max_reject_rate, "scan")
-        if not any(read.values()):
+        counts = scan_counts(self.units)
+        check_scan(counts, self.config.sources)
+        if not any(line.read for line in counts.values()):
             raise UserError(f"{self.config.output}: the sources hold no sample; check their paths")
 
     def plan(self) -> dict[str, Any]:
@@ -138,12 +141,13 @@ class Job:
             plan=(self.output / "plan" / name).absolute(),
             output=(self.output / "shards" / name).absolute(),
             result=self._result_path(name).absolute(),
-            sources=self.config.sources,
-            tokenizer=Path(self.config.tokenizer).absolute(),
-            tokens=self.config.tokens,
+            index=(self.output / "index").absolute(),
+            bad_media={name: source.bad_media for name, source in self.config.sources.items()},
+            ids=self.tokenizer.ids,
             budget=self.config.budget,
             geometry=self.config.geometry,
             limits=self.config.limits,
+            images=self.config.images,
             cost=self.config.cost,
             fingerprint=fingerprint_of(self.contract),
             directory=os.getcwd(),
@@ -223,7 +227,7 @@ def make_executor(config: PreprocessConfig) -> Executor:
 
 
 def _run(
-    executor: Executor, function: Callable[[Any], int], tasks: Sequence[Any], *, label: str, total: int
+    executor: Executor, function: Callable[[Any], object], tasks: Sequence[Any], *, label: str, total: int
 ) -> None:
     results = executor.map(function, tasks)
     try:

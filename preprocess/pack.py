@@ -1,38 +1,38 @@
 """Pack: one plan file -> one finished shard. The only pass that decodes pixels.
 
-    piece -> read -> tokenize -> slice of the stream   ->  tokens, labels, positions
-                  -> decode -> resize -> patchify      ->  vision rows, one copy into the pack's blob
+    piece -> tokens of the scan           ->  tokens, labels, positions
+          -> read -> decode -> resize     ->  vision rows, one copy into the pack's blob
 
 A shard is a pure function of its plan, the inputs and the config: same bytes with any executor, any number of
-workers, after any interruption. A picture that cannot be decoded rejects its piece; the pack closes the gap.
+workers, after any interruption. A picture that cannot be decoded costs its piece or itself, as its source has it;
+the pack closes the gap.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.config import CostConfig, ImageLimits, SourceConfig
+from preprocess.config import CostConfig, ImageConfig, ImageLimits
 from preprocess.cost import pack_cost
-from preprocess.images import ImageError, decode, resize
+from preprocess.images import ImageError, load_image
+from preprocess.index import media_file, token_file
+from preprocess.inputs import read_range
 from preprocess.plan import PLAN_SCHEMA
-from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject, Source
-from preprocess.scan import cached_tokenizer
-from preprocess.sources import open_source
-from preprocess.stream import Tokens, image_starts, stream_length, token_stream
-from shared.errors import UserError
+from preprocess.samples import STORE, TEXT, IndexSegment, Reject
+from preprocess.stream import image_starts, token_stream
 from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
 from shared.tables import read_table
-from shared.tokens import TokenNames
+from shared.tokens import TokenIds, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,14 @@ class PackTask:
     plan: Path
     output: Path
     result: Path
-    sources: dict[str, SourceConfig]
-    tokenizer: Path
-    tokens: TokenNames
+    index: Path
+    # By source: what a picture costs that cannot be decoded.
+    bad_media: dict[str, Literal["reject", "drop"]]
+    ids: TokenIds
     budget: Budget
     geometry: Geometry
     limits: ImageLimits
+    images: ImageConfig
     cost: CostConfig
     fingerprint: str
     # Relative raw paths of the plan are below this directory, whatever the worker's own is.
@@ -58,8 +60,11 @@ class PackTask:
     def __str__(self) -> str:
         return str(self.output)
 
-    def unit_path(self, unit: str) -> str:
-        return os.path.join(self.directory, unit)
+    def place_of(self, piece: Piece, segment: IndexSegment) -> str:
+        """The file that holds a picture's bytes."""
+        if segment.file == STORE:
+            return str(media_file(self.index / piece.index))
+        return os.path.join(self.directory, segment.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class Piece:
     """One row of a plan file."""
 
     source: str
+    index: str
     unit: str
     key: str
     part: int
@@ -74,17 +80,15 @@ class Piece:
     start: int
     end: int
     first_image: int
-    last_image: int
     rows: list[int]
     segments: list[IndexSegment]
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedImage:
-    """A resized picture uint8 [T, h*p, w*p, 3], its vision row, and where its visual tokens begin in the piece."""
+class LoadedImage:
+    """A resized picture uint8 [T, h*p, w*p, 3] and its vision row."""
 
     frames_thwc: npt.NDArray[np.uint8]
-    token_start: int
     row: int
     t: int
     h: int
@@ -97,10 +101,13 @@ class PlacedImage:
 
 @dataclass(frozen=True, slots=True)
 class PackedPiece:
+    """`image_starts`: where the visual tokens of each image begin in the piece."""
+
     piece: Piece
     tokens: Tokens
     labels: Tokens
-    images: list[PlacedImage]
+    images: list[LoadedImage]
+    image_starts: list[int]
 
 
 def pack_shard(task: PackTask) -> int:
@@ -112,15 +119,14 @@ def pack_shard(task: PackTask) -> int:
         UserError: an input is gone or has changed since the scan.
     """
     rejects: list[dict[str, Any]] = []
-    packed: dict[str, dict[str, int]] = {name: {"whole": 0, "parts": 0} for name in task.sources}
+    packed: dict[str, dict[str, int]] = {name: {"whole": 0, "parts": 0} for name in task.bad_media}
     totals = {"tokens": 0, "labels": 0, "patches": 0, "images": 0, "documents": 0}
     with atomic_path(task.output) as temporary:
         writer = ShardWriter(temporary, task.budget.S, task.fingerprint)
-        # Once per shard: a config may list a hundred thousand paths.
-        sources = {name: open_source(name, config) for name, config in task.sources.items()}
         for pieces in _read_plan(task.plan):
-            members, failed = _load_pieces(pieces, sources, task)
-            rejects += failed
+            members = [
+                member for piece in pieces if (member := _load_piece(piece, task, rejects)) is not None
+            ]
             if not members:
                 continue
             pack, documents = _assemble(members, task)
@@ -163,82 +169,82 @@ def _read_plan(path: Path) -> Iterator[list[Piece]]:
         yield current
 
 
-def _load_pieces(
-    pieces: Sequence[Piece], sources: Mapping[str, Source], task: PackTask
-) -> tuple[list[PackedPiece], list[dict[str, Any]]]:
-    """Tokens and resized pictures of the pieces of one pack; those with a broken picture become rejects."""
-    tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
-    texts = [
-        _read_text(piece, segment, sources[piece.source], task)
-        for piece in pieces
-        for segment in piece.segments
-        if segment.kind == TEXT
-    ]
-    encoded = iter(tokenizer.encode(texts))
-    members: list[PackedPiece] = []
-    rejects: list[dict[str, Any]] = []
-    for piece in pieces:
-        own = [next(encoded) for s in piece.segments if s.kind == TEXT]
-        tokens, labels = token_stream(piece.segments, own, tokenizer.ids)
-        if len(tokens) != stream_length(piece.segments, tokenizer.ids):
-            raise _changed_text(piece)
-        try:
-            starts = image_starts(piece.segments, tokenizer.ids)
-            images = _load_images(piece, starts, sources[piece.source], task)
-        except ImageError as error:
-            part = -1 if piece.parts == 1 else piece.part
-            reject = Reject(piece.source, piece.key, error.reason, str(error), part)
-            rejects.append({**asdict(reject), "unit": piece.unit, "parts": piece.parts})
+def _load_piece(piece: Piece, task: PackTask, rejects: list[dict[str, Any]]) -> PackedPiece | None:
+    """Tokens and resized pictures of a piece; what is lost of it is added to `rejects`."""
+    segments: list[IndexSegment] = []
+    texts: list[Tokens] = []
+    images: list[LoadedImage] = []
+    dropped: list[ImageError] = []
+    number = -1
+    part = -1 if piece.parts == 1 else piece.part
+    origin = {"unit": piece.unit, "parts": piece.parts}
+    for segment in piece.segments:
+        if segment.kind == TEXT:
+            texts.append(_read_tokens(piece, segment, task))
+            segments.append(segment)
             continue
-        here = slice(piece.start, piece.end)
-        members.append(PackedPiece(piece, tokens[here], labels[here], images))
-    return members, rejects
+        number += 1
+        try:
+            frames = _load_frames(piece, segment, task)
+        except ImageError as error:
+            dropped.append(error)
+            if task.bad_media[piece.source] == "reject":
+                break
+            media = piece.first_image + number
+            reject = Reject(piece.source, piece.key, error.reason, str(error), part, media)
+            rejects.append({**asdict(reject), **origin})
+            continue
+        images.append(LoadedImage(frames, piece.rows[number], segment.t, segment.h, segment.w))
+        segments.append(segment)
+    if dropped and (task.bad_media[piece.source] == "reject" or not segments):
+        reject = Reject(piece.source, piece.key, dropped[-1].reason, str(dropped[-1]), part)
+        rejects.append({**asdict(reject), **origin})
+        return None
+    return _packed_piece(piece, segments, texts, images, task.ids)
 
 
-def _read_text(piece: Piece, segment: IndexSegment, source: Source, task: PackTask) -> str:
-    try:
-        return source.read_text(task.unit_path(piece.unit), segment.offset, segment.size)
-    except UserError:
-        raise
-    except (ValueError, KeyError):  # the scan could read it
-        raise _changed_text(piece) from None
+def _packed_piece(
+    piece: Piece,
+    segments: Sequence[IndexSegment],
+    texts: Sequence[Tokens],
+    images: list[LoadedImage],
+    ids: TokenIds,
+) -> PackedPiece:
+    """`segments` are those of the piece that could be loaded."""
+    first, last = piece.start == 0, piece.part == piece.parts - 1
+    tokens, labels = token_stream(segments, texts, ids, first=first, last=last)
+    lost = sum(s.tokens for s in piece.segments) - sum(s.tokens for s in segments)
+    length = piece.end - piece.start - lost  # behind it there may be one token more, the last label
+    starts = image_starts(segments, ids if first else replace(ids, bos=None))
+    return PackedPiece(piece, tokens[:length], labels[:length], images, [start + 1 for start in starts])
 
 
-def _changed_text(piece: Piece) -> UserError:
-    return UserError(
-        f"source {piece.source!r}: {piece.unit}: the text of {piece.key!r} has changed since the scan; "
-        f"run again with --on_change rebuild"
+def _read_tokens(piece: Piece, segment: IndexSegment, task: PackTask) -> Tokens:
+    data = read_range(str(token_file(task.index / piece.index)), 4 * segment.offset, 4 * segment.tokens)
+    return np.frombuffer(data, "<i4")
+
+
+def _load_frames(piece: Piece, segment: IndexSegment, task: PackTask) -> npt.NDArray[np.uint8]:
+    """The picture as frames of a temporal patch: a still one fills all of them."""
+    data = read_range(task.place_of(piece, segment), segment.offset, segment.size)
+    frame = load_image(
+        data,
+        size=(segment.height, segment.width),
+        grid=(segment.h, segment.w),
+        geometry=task.geometry,
+        limits=task.limits,
+        config=task.images,
     )
-
-
-def _load_images(piece: Piece, starts: Sequence[int], source: Source, task: PackTask) -> list[PlacedImage]:
-    images = [s for s in piece.segments if s.kind == IMAGE][piece.first_image : piece.last_image]
-    begins = starts[piece.first_image : piece.last_image]
-    placed: list[PlacedImage] = []
-    for image, begin, row in zip(images, begins, piece.rows, strict=True):
-        data = source.read_bytes(task.unit_path(piece.unit), image.offset, image.size)
-        rgb = decode(data, max_pixels=task.limits.max_pixels)
-        if rgb.shape[:2] != (image.height, image.width):
-            raise ImageError(
-                "image_corrupt",
-                f"decoded to {rgb.shape[1]} x {rgb.shape[0]}, header {image.width} x {image.height}",
-            )
-        frame = resize(rgb, image.h, image.w, task.geometry)
-        # A still picture fills all frames of its temporal patch.
-        frames = np.broadcast_to(frame, (task.geometry.temporal_patch_size, *frame.shape))
-        token_start = begin + 1 - piece.start
-        placed.append(PlacedImage(frames, token_start, row, image.t, image.h, image.w))
-    return placed
+    return np.broadcast_to(frame, (task.geometry.temporal_patch_size, *frame.shape))
 
 
 def _assemble(members: Sequence[PackedPiece], task: PackTask) -> tuple[Pack, list[Document]]:
     budget = task.budget
-    tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
-    tokens_S = np.full(budget.S, tokenizer.ids.pad, np.int32)
+    tokens_S = np.full(budget.S, task.ids.pad, np.int32)
     labels_S = np.full(budget.S, IGNORE_LABEL, np.int32)
     positions_S = np.empty(budget.S, np.int32)
     documents: list[Document] = []
-    images: list[tuple[PlacedImage, int]] = []
+    images: list[tuple[LoadedImage, int]] = []
     start = 0
     for member in members:
         piece, length = member.piece, len(member.tokens)
@@ -246,7 +252,9 @@ def _assemble(members: Sequence[PackedPiece], task: PackTask) -> tuple[Pack, lis
         tokens_S[here], labels_S[here] = member.tokens, member.labels
         positions_S[here] = np.arange(length)
         documents.append(Document(start, length, piece.source, piece.key, piece.part))
-        images += [(image, start + image.token_start) for image in member.images]
+        images += [
+            (image, start + place) for image, place in zip(member.images, member.image_starts, strict=True)
+        ]
         start += length
     positions_S[start:] = np.arange(budget.S - start)
     images.sort(key=lambda placed: placed[0].row)  # stable: document order inside a row
@@ -257,7 +265,7 @@ def _assemble(members: Sequence[PackedPiece], task: PackTask) -> tuple[Pack, lis
 
 
 def _assemble_vision(
-    images: Sequence[tuple[PlacedImage, int]], geometry: Geometry
+    images: Sequence[tuple[LoadedImage, int]], geometry: Geometry
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
     """The images column and the patch blob uint8 [valid patches, P]; every patch is copied once."""
     table = np.zeros(len(images), IMAGE_DTYPE)

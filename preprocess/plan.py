@@ -9,7 +9,7 @@ A plan file holds all that packing a shard needs, so that shards are independent
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from preprocess.config import PlanConfig, SourceConfig
+from preprocess.config import PlanConfig
 from preprocess.index import IndexedUnit, read_index
 from preprocess.packing import pack_pieces
-from preprocess.samples import IMAGE, REJECT_SCHEMA, SEGMENTS_TYPE, IndexSegment, Reject
-from preprocess.stream import Part, split_sample
+from preprocess.samples import SEGMENTS_TYPE, TEXT, IndexSegment, Reject, reject_table, segments_column
+from preprocess.sources.base import SourceConfig
+from preprocess.stream import Part, clip_segments, split_sample
 from shared.arrays import runs
 from shared.files import atomic_path, write_json
 from shared.geometry import Budget, Geometry
@@ -33,11 +33,13 @@ from shared.tokens import TokenIds
 
 PLAN_SUMMARY = "plan.json"
 
-# One row per piece, sorted by pack; `rows` are the vision rows of the piece's images.
+# One row per piece, sorted by pack. `index`: its unit's index file below index/. `segments`: those of the piece,
+# texts cut to it (`stream.clip_segments`). `rows`: the vision rows of its images.
 PLAN_SCHEMA = pa.schema(
     [
         ("pack", pa.int32()),
         ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("index", pa.dictionary(pa.int32(), pa.string())),
         ("unit", pa.dictionary(pa.int32(), pa.string())),
         ("key", pa.string()),
         ("part", pa.int32()),
@@ -45,7 +47,6 @@ PLAN_SCHEMA = pa.schema(
         ("start", pa.int64()),
         ("end", pa.int64()),
         ("first_image", pa.int32()),
-        ("last_image", pa.int32()),
         ("rows", pa.list_(pa.int32())),
         ("segments", SEGMENTS_TYPE),
     ]
@@ -74,7 +75,7 @@ class Pieces:
 
 def make_plan(
     units: Sequence[IndexedUnit],
-    sources: dict[str, SourceConfig],
+    sources: Mapping[str, SourceConfig],
     output: Path,
     *,
     budget: Budget,
@@ -103,7 +104,9 @@ def make_plan(
             here = np.flatnonzero((pack >= packs.start) & (pack < packs.stop))
             here = here[np.argsort(pack[here], kind="stable")]
             own = pieces.take(order[here])
-            _write_shard_plan(output / name, index, own, pack[here] - packs.start, rows.take(pa.array(here)))
+            _write_shard_plan(
+                output / name, index, own, pack[here] - packs.start, rows.take(pa.array(here)), ids
+            )
             shards.append({"name": name, "split": split, "packs": len(packs), "pieces": len(here)})
     _write_rejects(output / "rejects.parquet", rejects)
     summary = {"shards": shards, "sources": _count(index, pieces, list(sources))}
@@ -115,9 +118,9 @@ def _load_index(units: Sequence[IndexedUnit]) -> pa.Table:
     """All index files, usable samples only, with `source` and `unit` columns."""
     tables: list[pa.Table] = []
     for unit in units:
-        table = read_index(unit.path)
-        table = table.filter(pc.field("reason") == "").select(["key", "segments"])
-        for name, value in (("source", unit.source), ("unit", unit.unit)):
+        table = read_index(unit.path).select(["key", "key_hash", "segments"])
+        place = f"{unit.source}/{unit.path.name}"
+        for name, value in (("source", unit.source), ("unit", unit.unit), ("index", place)):
             column = pa.DictionaryArray.from_arrays(
                 pa.array(np.zeros(len(table), np.int32)), pa.array([value])
             )
@@ -136,14 +139,14 @@ def _flat_segments(index: pa.Table) -> tuple[npt.NDArray[np.int64], pa.StructArr
 def _images_of(index: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """First image of every sample [samples + 1], and the patches of every image."""
     offsets, segments = _flat_segments(index)
-    is_image = segments.field("kind").to_numpy() == IMAGE
+    is_image = segments.field("kind").to_numpy() != TEXT
     grid = [segments.field(name).to_numpy().astype(np.int64) for name in ("t", "h", "w")]
     before = np.concatenate([[0], np.cumsum(is_image)])
     return before[offsets], (grid[0] * grid[1] * grid[2])[is_image]
 
 
 def _cut_into_pieces(
-    index: pa.Table, sources: dict[str, SourceConfig], budget: Budget, ids: TokenIds, images_per_row: int
+    index: pa.Table, sources: Mapping[str, SourceConfig], budget: Budget, ids: TokenIds, images_per_row: int
 ) -> tuple[Pieces, list[Reject]]:
     """Pieces of all samples. Those that surely fit one pack are handled as columns, the rest one by one."""
     offsets, segments = _flat_segments(index)
@@ -183,9 +186,7 @@ def _judge(parts: list[Part] | str, source: SourceConfig, length: int, budget: B
 
 def _splits(index: pa.Table, pieces: Pieces, fraction: float) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
     """("train", pieces), ("validation", pieces): by a hash of the key, the same whatever else is in the run."""
-    hashes = np.array(
-        [xxhash.xxh3_64_intdigest(key.encode()) >> 32 for key in index["key"].to_pylist()], np.int64
-    )
+    hashes = index["key_hash"].to_numpy() >> 32
     validation = (hashes < fraction * 2**32)[pieces.sample]
     for split, mask in (("train", ~validation), ("validation", validation)):
         if mask.any():
@@ -230,31 +231,44 @@ def _cut_shards(bytes_per_pack: npt.NDArray[np.int64], shard_bytes: int) -> Iter
 
 
 def _write_shard_plan(
-    path: Path, index: pa.Table, pieces: Pieces, pack: npt.NDArray[np.int64], rows: pa.ListArray
+    path: Path,
+    index: pa.Table,
+    pieces: Pieces,
+    pack: npt.NDArray[np.int64],
+    rows: pa.ListArray,
+    ids: TokenIds,
 ) -> None:
     samples = index.take(pa.array(pieces.sample))
     columns = {
         "pack": pack,
-        **{name: samples[name] for name in ("source", "unit", "key", "segments")},
-        **{
-            name: getattr(pieces, name)
-            for name in ("part", "parts", "start", "end", "first_image", "last_image")
-        },
+        **{name: samples[name] for name in ("source", "unit", "index", "key")},
+        **{name: getattr(pieces, name) for name in ("part", "parts", "start", "end", "first_image")},
         "rows": rows,
+        "segments": _segments_of(samples["segments"], pieces, ids),
     }
     table = pa.table(columns).select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
+def _segments_of(samples: pa.ChunkedArray, pieces: Pieces, ids: TokenIds) -> pa.Array | pa.ChunkedArray:
+    """Segments of every piece: whole samples' as they are, parts' clipped."""
+    if (pieces.parts == 1).all():
+        return samples
+    lists = [[IndexSegment(**segment) for segment in sample] for sample in samples.to_pylist()]
+    return segments_column(
+        [
+            clip_segments(own, ids, start, end) if parts > 1 else own
+            for own, parts, start, end in zip(
+                lists, pieces.parts.tolist(), pieces.start.tolist(), pieces.end.tolist(), strict=True
+            )
+        ]
+    )
+
+
 def _write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
     with atomic_path(path) as temporary:
         pq.write_table(reject_table(rejects), temporary)
-
-
-def reject_table(rejects: Sequence[Reject]) -> pa.Table:
-    columns = {field.name: [getattr(reject, field.name) for reject in rejects] for field in REJECT_SCHEMA}
-    return pa.table(columns, schema=REJECT_SCHEMA)
 
 
 def _count(index: pa.Table, pieces: Pieces, names: Sequence[str]) -> dict[str, dict[str, int]]:

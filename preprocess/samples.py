@@ -1,74 +1,111 @@
-"""What a source hands to the scan and to the pack: segments, in document order.
+"""What a source hands to the scan, and what the scan keeps of it for the plan and the pack.
 
-A sample is an ordered list of segments, text or image. The scan turns each into an `IndexSegment`, which keeps
-lengths and the place of the bytes but not the bytes.
+    source -> RawSample (texts, encoded pictures and videos, in document order)
+    scan   -> IndexSegment (lengths, and the place of the bytes)
+
+Only the scan talks to sources: it tokenizes every text once and keeps the tokens, and of pictures and videos it
+keeps where their encoded bytes lie. What has no place of its own in a file (a value inside a compressed page) is
+copied beside the index. Plan and pack know no input format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import BinaryIO, Literal
 
+import numpy as np
 import pyarrow as pa
 
-TEXT, IMAGE = 0, 1
+TEXT, IMAGE, VIDEO = 0, 1, 2
+
+# `file` of an IndexSegment: its bytes were copied to the store beside the index.
+STORE = "store"
 
 
 @dataclass(frozen=True, slots=True)
-class RawSegment:
-    """`content` is text or an encoded image as a file, read only as far as somebody asks.
+class Text:
+    """Text of a sample.
 
-    (offset, size) finds it again in its unit.
+    learned: character spans [start, end) whose tokens are learned; None learns all.
+    special: character spans that are special tokens of the tokenizer, written by a chat template; whatever is
+        outside of them stays text, also if it spells a special token.
     """
 
-    content: str | BinaryIO
+    text: str
+    learned: tuple[tuple[int, int], ...] | None = None
+    special: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes [offset, offset + size) of a file; `file` is a path or URI."""
+
+    file: str
     offset: int
     size: int
 
 
 @dataclass(frozen=True, slots=True)
+class Media:
+    """An encoded picture or video. `file` is read only as far as somebody asks.
+
+    place: where the pack pass finds the bytes again; None has the scan copy them into its store.
+    """
+
+    kind: Literal[1, 2]
+    file: BinaryIO
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A picture that the source names but cannot give; `reason` is counted."""
+
+    reason: str
+    detail: str
+
+
+Segment = Text | Media | Missing
+
+
+@dataclass(frozen=True, slots=True)
 class RawSample:
+    """One training document. `separator` joins texts that have nothing between them, or nothing any more."""
+
     key: str
-    segments: tuple[RawSegment, ...]
+    segments: tuple[Segment, ...]
+    separator: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A sample, or a part of one, that is not trained on. `part` is -1 for the whole sample."""
+    """A sample, or a part or a picture of one, that is not trained on.
+
+    part: -1 for all of the sample. media: which of its pictures and videos, numbered as the source has them, is
+    lost from a sample that is trained on without it; -1 for a sample or a part.
+    """
 
     source: str
     key: str
     reason: str
     detail: str
     part: int = -1
-
-
-class Source(Protocol):
-    """One input format. A unit is one raw file, the grain of the scan."""
-
-    def scan(self, unit: str) -> Iterator[RawSample | Reject]:
-        """Every sample of the unit, usable or not, in file order.
-
-        Raises:
-            UserError: the unit as a whole cannot be read.
-        """
-        ...
-
-    def read_text(self, unit: str, offset: int, size: int) -> str: ...
-
-    def read_bytes(self, unit: str, offset: int, size: int) -> bytes: ...
+    media: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class IndexSegment:
-    """One segment as the plan sees it.
+    """One segment as plan and pack see it.
 
+    file, offset, size: a text's tokens [offset, offset + tokens) in the token file of its unit (file and size
+    are empty); a picture's bytes in `file`, which is a path, a URI or STORE.
     tokens: decoder tokens it takes, an image's begin and end token included. height, width: pixels as
     displayed. t, h, w: grid in patches after the resize. All 0 for what does not apply.
     """
 
     kind: int
+    file: str
     offset: int
     size: int
     tokens: int
@@ -86,6 +123,7 @@ class IndexSegment:
 SEGMENT_TYPE = pa.struct(
     [
         pa.field("kind", pa.int8(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
         *(
@@ -96,12 +134,13 @@ SEGMENT_TYPE = pa.struct(
 )
 SEGMENTS_TYPE = pa.list_(pa.field("element", SEGMENT_TYPE, nullable=False))
 
-# One row per sample read; `reason` is empty for the usable ones.
+# One row per usable sample. key_hash: xxh3 of the key. content_hash: xxh3 of everything a sample is made from, 0
+# where duplicates are not looked for.
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
+        pa.field("key_hash", pa.uint64(), nullable=False),
+        pa.field("content_hash", pa.uint64(), nullable=False),
         pa.field("segments", SEGMENTS_TYPE, nullable=False),
     ]
 )
@@ -111,7 +150,23 @@ REJECT_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
         pa.field("key", pa.string(), nullable=False),
         pa.field("part", pa.int32(), nullable=False),
+        pa.field("media", pa.int32(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
     ]
 )
+
+
+def segments_column(samples: Sequence[Sequence[IndexSegment]]) -> pa.ListArray:
+    """Segments of many samples as one Arrow column of type SEGMENTS_TYPE."""
+    flat = [astuple(segment) for segments in samples for segment in segments]
+    columns = list(zip(*flat, strict=True)) if flat else [() for _ in SEGMENT_TYPE]
+    children = [pa.array(column, field.type) for column, field in zip(columns, SEGMENT_TYPE, strict=True)]
+    struct = pa.StructArray.from_arrays(children, fields=list(SEGMENT_TYPE))
+    offsets = np.cumsum([0, *(len(segments) for segments in samples)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), struct, type=SEGMENTS_TYPE)
+
+
+def reject_table(rejects: Sequence[Reject]) -> pa.Table:
+    columns = {field.name: [getattr(reject, field.name) for reject in rejects] for field in REJECT_SCHEMA}
+    return pa.table(columns, schema=REJECT_SCHEMA)

@@ -1,35 +1,46 @@
-"""Scan: one raw file -> one index file, a row per sample. Text is tokenized, pictures' headers are read.
+"""Scan: one raw file -> one index. Text is tokenized, of pictures and videos the headers are read.
 
-No pixel is decoded: the exact cost of an image follows from its size and the resize rule.
+No pixel is decoded: the exact cost of a picture follows from its size and the resize rule. Samples stream
+through in batches, so that memory does not grow with the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import xxhash
 
-from preprocess.config import ImageLimits, SourceConfig
+from preprocess.config import AnySource, ImageLimits
 from preprocess.images import ImageError, read_header
+from preprocess.index import IndexWriter, ScannedSample, open_index
 from preprocess.samples import (
     IMAGE,
-    INDEX_SCHEMA,
-    SEGMENT_TYPE,
-    SEGMENTS_TYPE,
+    STORE,
     TEXT,
     IndexSegment,
+    Media,
+    Missing,
     RawSample,
     Reject,
+    Text,
 )
 from preprocess.sources import open_source
-from shared.files import atomic_path
+from preprocess.sources.base import SourceContext
+from preprocess.text import TextError, encode_texts
 from shared.geometry import Geometry, resize_grid, visual_tokens
-from shared.tokens import TextTokenizer, TokenNames, load_tokenizer
+from shared.tokens import TextTokenizer, TokenNames, Tokens, load_tokenizer
+
+# A batch is tokenized and resized in one call each. Text takes some 120 times its size while it is tokenized
+# (measured with a BPE of 8192): 1 MiB keeps a worker small, and one text more may be 4 MiB (MAX_TEXT_BYTES).
+BATCH_SAMPLES = 1024
+BATCH_CHARACTERS = 1 << 20
+MAX_TEXT_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,32 +48,35 @@ class ScanUnit:
     """Everything one scan task needs: it is pickled to the worker."""
 
     source: str
-    config: SourceConfig
+    config: AnySource
     unit: str
     output: Path
     tokenizer: Path
     tokens: TokenNames
     geometry: Geometry
     limits: ImageLimits
+    hash_content: bool
 
     def __str__(self) -> str:
         return self.unit
 
 
-def scan_unit(task: ScanUnit) -> int:
-    """Write the index file of one unit; return the number of samples read.
+def scan_unit(task: ScanUnit) -> dict[str, Any]:
+    """Write the index of one unit; return its counts (`IndexWriter.counts`).
 
     Raises:
         UserError: the unit or the tokenizer cannot be read.
     """
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
-    # One sample's bytes in memory at a time: what is kept of each is its text and its sizes.
-    samples = [
-        _measure(entry, task.limits) for entry in open_source(task.source, task.config).scan(task.unit)
-    ]
-    outcomes = _fit_images(_count_tokens(samples, tokenizer), task.geometry)
-    _write_index(task.output, [sample.key for sample in samples], outcomes)
-    return len(samples)
+    source = open_source(task.config, SourceContext(task.source, task.tokenizer, task.tokens))
+    with open_index(task.output) as index:
+        for batch in _batches(source.scan(task.unit)):
+            drafts = [_draft(entry, task, index) for entry in batch]
+            _tokenize(drafts, task, tokenizer)
+            _fit_images(drafts, task.geometry)
+            for draft in drafts:
+                _write(draft, task, index)
+    return index.counts()
 
 
 @lru_cache(maxsize=4)
@@ -71,90 +85,139 @@ def cached_tokenizer(directory: Path, names: TokenNames) -> TextTokenizer:
     return load_tokenizer(directory, names)
 
 
-Outcome = list[IndexSegment] | Reject
+def _batches(entries: Iterable[RawSample | Reject]) -> Iterator[list[RawSample | Reject]]:
+    batch: list[RawSample | Reject] = []
+    characters = 0
+    for entry in entries:
+        batch.append(entry)
+        if isinstance(entry, RawSample):
+            characters += sum(len(s.text) for s in entry.segments if isinstance(s, Text))
+        if len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """One sample on its way: `texts` are what is still to be tokenized."""
+@dataclass(slots=True)
+class _Draft:
+    """A sample on its way to the index: `texts` and `tokens` belong to its text segments, in order."""
 
     key: str
-    outcome: Outcome
-    texts: list[str]
+    failed: Reject | None = None
+    dropped: list[Reject] = field(default_factory=list[Reject])
+    segments: list[IndexSegment] = field(default_factory=list[IndexSegment])
+    texts: list[Text] = field(default_factory=list[Text])
+    tokens: list[Tokens] = field(default_factory=list[Tokens])
+    content_hash: int = 0
 
 
-def _measure(entry: RawSample | Reject, limits: ImageLimits) -> _Measured:
-    """Segments with the pixel sizes of their images, and the texts; tokens and grids come later, in bulk."""
+def _draft(entry: RawSample | Reject, task: ScanUnit, index: IndexWriter) -> _Draft:
+    """Segments with the pixel sizes of pictures, and the texts; tokens and grids come later, in bulk."""
     if isinstance(entry, Reject):
-        return _Measured(entry.key, entry, [])
-    segments: list[IndexSegment] = []
-    texts: list[str] = []
+        return _Draft(entry.key, failed=entry)
+    draft = _Draft(entry.key)
+    digest = xxhash.xxh3_64()
+    media = 0
     for raw in entry.segments:
-        if isinstance(raw.content, str):
-            segments.append(IndexSegment(TEXT, raw.offset, raw.size, tokens=0))
-            texts.append(raw.content)
+        if isinstance(raw, Text):
+            digest.update(b"text" + raw.text.encode())
+            _add_text(draft, raw, entry.separator)
             continue
         try:
-            header = read_header(raw.content, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
+            draft.segments.append(_measure(raw, task, index, digest))
         except ImageError as error:
-            return _Measured(entry.key, Reject("", entry.key, error.reason, str(error)), [])
-        segments.append(IndexSegment(IMAGE, raw.offset, raw.size, 0, header.height, header.width))
-    return _Measured(entry.key, segments, texts)
+            reject = Reject(task.source, entry.key, error.reason, str(error))
+            if task.config.bad_media == "reject":
+                draft.failed = reject
+                return draft
+            draft.dropped.append(replace(reject, media=media))
+        media += 1
+    draft.content_hash = digest.intdigest() if task.hash_content else 0
+    size = sum(len(text.text.encode()) for text in draft.texts)
+    if size > MAX_TEXT_BYTES:
+        draft.failed = Reject(
+            task.source, entry.key, "text_too_many_bytes", f"{size} bytes, limit {MAX_TEXT_BYTES}"
+        )
+    elif not draft.segments:
+        reason = "no_usable_image" if draft.dropped else "empty"
+        draft.failed = Reject(task.source, entry.key, reason, f"{len(draft.dropped)} images dropped, no text")
+    return draft
 
 
-def _count_tokens(samples: Sequence[_Measured], tokenizer: TextTokenizer) -> list[Outcome]:
-    """Fill in the tokens of text segments: one tokenizer call for the whole unit."""
-    encoded = iter(tokenizer.encode([text for sample in samples for text in sample.texts]))
-
-    def fill(sample: _Measured) -> Outcome:
-        outcome = sample.outcome
-        tokens = [next(encoded) for _ in sample.texts]
-        if isinstance(outcome, Reject):
-            return outcome
-        for text, ids in zip(sample.texts, tokens, strict=True):
-            if len(ids) == 0:
-                return Reject("", "", "text_without_tokens", f"the tokenizer makes nothing of {text[:60]!r}")
-            if tokenizer.holds_special(ids):
-                return Reject("", "", "special_token_in_text", f"text {text[:60]!r}")
-        lengths = iter([len(ids) for ids in tokens])
-        return [replace(s, tokens=next(lengths)) if s.kind == TEXT else s for s in outcome]
-
-    return [fill(sample) for sample in samples]
+def _add_text(draft: _Draft, text: Text, separator: str) -> None:
+    """Texts that nothing separates become one."""
+    if draft.segments and draft.segments[-1].kind == TEXT and not (text.special or text.learned):
+        before = draft.texts[-1]
+        draft.texts[-1] = replace(before, text=before.text + separator + text.text)
+        return
+    draft.segments.append(IndexSegment(TEXT, "", 0, 0, 0))
+    draft.texts.append(text)
 
 
-def _fit_images(outcomes: Sequence[Outcome], geometry: Geometry) -> list[Outcome]:
-    """Fill in the grids of images: one resize computation for the whole unit."""
-    samples = [outcome for outcome in outcomes if not isinstance(outcome, Reject)]
-    images = [segment for segments in samples for segment in segments if segment.kind == IMAGE]
+def _measure(
+    raw: Media | Missing, task: ScanUnit, index: IndexWriter, digest: xxhash.xxh3_64
+) -> IndexSegment:
+    """The segment of a picture: its size, and where its bytes lie.
+
+    Raises:
+        ImageError: it is not there, or not usable.
+    """
+    if isinstance(raw, Missing):
+        raise ImageError(raw.reason, raw.detail)
+    file, data = raw.file, None
+    size = file.seek(0, io.SEEK_END)
+    if (task.hash_content or raw.place is None) and size <= task.limits.max_bytes:
+        file.seek(0)
+        data = file.read()  # once, for header, hash and store
+        file = io.BytesIO(data)
+        digest.update(b"media")
+        digest.update(data)
+    header = read_header(file, limits=task.limits)
+    if raw.place is None:
+        assert data is not None, "a picture of too many bytes was rejected by its header"
+        return IndexSegment(IMAGE, STORE, index.store(data), size, 0, header.height, header.width)
+    place = raw.place
+    return IndexSegment(IMAGE, place.file, place.offset, place.size, 0, header.height, header.width)
+
+
+def _tokenize(drafts: Sequence[_Draft], task: ScanUnit, tokenizer: TextTokenizer) -> None:
+    """Tokens of all texts of a batch, in one call."""
+    alive = [draft for draft in drafts if draft.failed is None]
+    encoded = iter(encode_texts([text for draft in alive for text in draft.texts], tokenizer))
+    for draft in alive:
+        found = [next(encoded) for _ in draft.texts]
+        errors = [tokens for tokens in found if isinstance(tokens, TextError)]
+        draft.tokens = [tokens for tokens in found if not isinstance(tokens, TextError)]
+        if errors:
+            draft.failed = Reject(task.source, draft.key, errors[0].reason, str(errors[0]))
+        elif any(not len(tokens) for tokens in draft.tokens):
+            text = next(t.text for t, ids in zip(draft.texts, draft.tokens, strict=True) if not len(ids))
+            detail = f"the tokenizer makes nothing of {text[:60]!r}"
+            draft.failed = Reject(task.source, draft.key, "text_without_tokens", detail)
+
+
+def _fit_images(drafts: Sequence[_Draft], geometry: Geometry) -> None:
+    """Grids of all pictures of a batch, in one computation."""
+    alive = [draft for draft in drafts if draft.failed is None]
+    images = [segment for draft in alive for segment in draft.segments if segment.kind == IMAGE]
     sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
     grids = iter(resize_grid(sizes[:, 0], sizes[:, 1], geometry).tolist())
 
-    def fill(segment: IndexSegment) -> IndexSegment:
-        if segment.kind == TEXT:
+    def fitted(segment: IndexSegment) -> IndexSegment:
+        if segment.kind != IMAGE:
             return segment
         h, w = next(grids)
         return replace(segment, tokens=visual_tokens(1, h, w, geometry.merge) + 2, t=1, h=h, w=w)
 
-    return [o if isinstance(o, Reject) else [fill(segment) for segment in o] for o in outcomes]
+    for draft in alive:
+        draft.segments = [fitted(segment) for segment in draft.segments]
 
 
-def segments_column(samples: Sequence[Sequence[IndexSegment]]) -> pa.ListArray:
-    """Segments of many samples as one Arrow column of type SEGMENTS_TYPE."""
-    flat = [astuple(segment) for segments in samples for segment in segments]
-    columns = list(zip(*flat, strict=True)) if flat else [() for _ in SEGMENT_TYPE]
-    children = [pa.array(column, field.type) for column, field in zip(columns, SEGMENT_TYPE, strict=True)]
-    struct = pa.StructArray.from_arrays(children, fields=list(SEGMENT_TYPE))
-    offsets = np.cumsum([0, *(len(segments) for segments in samples)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), struct, type=SEGMENTS_TYPE)
-
-
-def _write_index(path: Path, keys: Sequence[str], outcomes: Sequence[Outcome]) -> None:
-    rejects = [outcome if isinstance(outcome, Reject) else None for outcome in outcomes]
-    columns = [
-        pa.array(keys, pa.string()),
-        pa.array([reject.reason if reject else "" for reject in rejects], pa.string()),
-        pa.array([reject.detail if reject else "" for reject in rejects], pa.string()),
-        segments_column([[] if isinstance(outcome, Reject) else outcome for outcome in outcomes]),
-    ]
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), temporary, compression="zstd")
+def _write(draft: _Draft, task: ScanUnit, index: IndexWriter) -> None:
+    if draft.failed is not None:
+        index.reject(draft.failed)
+        return
+    index.append(ScannedSample(draft.key, draft.content_hash, draft.segments, draft.tokens))
+    for reject in draft.dropped:
+        index.reject(reject)

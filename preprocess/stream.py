@@ -1,27 +1,24 @@
 """The token stream of one sample, and where it is cut when it does not fit one pack.
 
     [bos] text.. <begin_image> [image] * n <end_image> text.. <eos>
-    labels: the next token of the same sample, or -100 where that is an image, begin, end or no token
+    labels: the next token of the same sample, or -100 where that is an image, begin, end, unlearned or no token
 
-Labels are made on the whole sample before it is cut, so every text token is learned exactly once, also the
-first one after a cut.
+A part after a cut takes its last label from the part behind it, so every text token is learned exactly once,
+also the first one after a cut.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from preprocess.samples import IMAGE, IndexSegment
+from preprocess.samples import TEXT, IndexSegment
 from shared.geometry import Budget
 from shared.schema import IGNORE_LABEL
-from shared.tokens import TokenIds
-
-Tokens = npt.NDArray[np.int32]
+from shared.tokens import TokenIds, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +40,64 @@ def image_starts(segments: Sequence[IndexSegment], ids: TokenIds) -> list[int]:
     starts: list[int] = []
     position = int(ids.bos is not None)
     for segment in segments:
-        if segment.kind == IMAGE:
+        if segment.kind != TEXT:
             starts.append(position)
         position += segment.tokens
     return starts
 
 
+def clip_segments(
+    segments: Sequence[IndexSegment], ids: TokenIds, start: int, end: int
+) -> list[IndexSegment]:
+    """The segments of tokens [start, end) of a stream, texts cut to what is needed.
+
+    One text token behind the end comes along where there is one: it is the label of the last token.
+    """
+    clipped: list[IndexSegment] = []
+    position = int(ids.bos is not None)
+    for segment in segments:
+        first, last = max(start, position), min(end, position + segment.tokens)
+        if segment.kind == TEXT:
+            last = min(end + 1, position + segment.tokens)
+            if first < last:
+                offset = segment.offset + first - position
+                clipped.append(replace(segment, offset=offset, tokens=last - first))
+        elif first < last:
+            clipped.append(segment)
+        position += segment.tokens
+        if position > end:
+            break
+    return clipped
+
+
 def token_stream(
-    segments: Sequence[IndexSegment], texts: Sequence[Tokens], ids: TokenIds
+    segments: Sequence[IndexSegment],
+    texts: Sequence[Tokens],
+    ids: TokenIds,
+    *,
+    first: bool = True,
+    last: bool = True,
 ) -> tuple[Tokens, Tokens]:
-    """Tokens and labels of a whole sample, int32 [stream_length]. `texts` are its encoded text segments."""
-    pieces: list[Tokens] = [] if ids.bos is None else [np.array([ids.bos], np.int32)]
+    """Tokens and labels of a sample, or of a part of one, int32 [n].
+
+    `texts` are the tokens of its text segments, ~token where it is not learned. `first` and `last` say whether
+    begin and end of text belong to it.
+    """
+    pieces: list[Tokens] = [np.array([ids.bos], np.int32)] if first and ids.bos is not None else []
     remaining = iter(texts)
     for segment in segments:
-        if segment.kind == IMAGE:
-            image = np.full(segment.tokens, ids.image, np.int32)
-            image[0], image[-1] = ids.begin_image, ids.end_image
-            pieces.append(image)
-        else:
+        if segment.kind == TEXT:
             pieces.append(next(remaining))
-    tokens = np.concatenate([*pieces, np.array([ids.eos], np.int32)])
+        else:
+            image = np.full(segment.tokens, ~ids.image, np.int32)
+            image[0], image[-1] = ~ids.begin_image, ~ids.end_image
+            pieces.append(image)
+    if last:
+        pieces.append(np.array([ids.eos], np.int32))
+    values = np.concatenate([*pieces, np.empty(0, np.int32)])
+    tokens = np.where(values < 0, ~values, values)
     labels = np.full_like(tokens, IGNORE_LABEL)
-    labels[:-1] = np.where(
-        np.isin(tokens[1:], (ids.image, ids.begin_image, ids.end_image)), IGNORE_LABEL, tokens[1:]
-    )
+    labels[:-1] = np.where(values[1:] < 0, IGNORE_LABEL, values[1:])
     return tokens, labels
 
 
@@ -79,7 +110,7 @@ def split_sample(
     run are equally long; an image goes to the next part when tokens or vision rows run out. No part is without
     labels where moving the cut before it can help.
     """
-    images = [segment for segment in segments if segment.kind == IMAGE]
+    images = [segment for segment in segments if segment.kind != TEXT]
     if any(image.patches > budget.L for image in images):
         return "L"
     if any(image.tokens > budget.S for image in images):
@@ -125,9 +156,9 @@ def _give_labels(
 
     It joins the part before it, or takes that one's last label if that is not its only one.
     """
-    texts = [np.full(segment.tokens, ids.eos, np.int32) for segment in segments if segment.kind != IMAGE]
+    texts = [np.full(segment.tokens, ids.eos, np.int32) for segment in segments if segment.kind == TEXT]
     learned = np.flatnonzero(token_stream(segments, texts, ids)[1] != IGNORE_LABEL)
-    images = [segment for segment in segments if segment.kind == IMAGE]
+    images = [segment for segment in segments if segment.kind != TEXT]
     begins = image_starts(segments, ids)
 
     def part_of(start: int, end: int) -> Part:
@@ -183,5 +214,5 @@ def place_in_rows(
 def _units(segments: Sequence[IndexSegment], ids: TokenIds) -> list[tuple[int, int]]:
     """(tokens, patches) of what the stream is made of, with begin and end of text as text."""
     units = [(1, 0)] if ids.bos is not None else []
-    units += [(segment.tokens, segment.patches if segment.kind == IMAGE else 0) for segment in segments]
+    units += [(segment.tokens, segment.patches) for segment in segments]
     return [*units, (1, 0)]

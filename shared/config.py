@@ -216,7 +216,7 @@ def _build(cls: type[T], tree: Mapping[str, Any], origin: str, prefix: str) -> T
 
 def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
     inner = _without_none(hint)
-    if _is_union(inner) and isinstance(value, Mapping):
+    if _is_union(inner):
         inner = _choose(inner, value, origin, key)
     kind = get_origin(inner)
     fits = False
@@ -278,7 +278,10 @@ def _variants(union: Any) -> tuple[str, dict[str, type]]:
     raise TypeError(f"no Literal field tells {union} apart")
 
 
-def _choose(union: Any, table: Mapping[str, Any], origin: str, key: str) -> type:
+def _choose(union: Any, table: Any, origin: str, key: str) -> Any:
+    """The dataclass that a table asks for; the union itself for what is no table."""
+    if not isinstance(table, Mapping):
+        return union
     tag, options = _variants(union)
     names = list(options)
     if tag not in table:

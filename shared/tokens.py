@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
+Tokens = npt.NDArray[np.int32]
+
 # Part a token plays -> key of tokenizer_config.json that names it. torchtitan's keys for the image tokens.
 _CONFIG_KEYS = {
     "bos": "bos_token",
@@ -72,12 +74,17 @@ class TextTokenizer:
     tokenizer: Tokenizer
     ids: TokenIds
 
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """int32 ids of each text, without begin or end tokens; a special token's name in it stays text."""
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
-    def holds_special(self, tokens: npt.NDArray[np.int32]) -> bool:
+    def encode_with_offsets(self, text: str) -> tuple[Tokens, list[tuple[int, int]]]:
+        """`encode` of one text, and the characters [start, end) that each token was made from."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), encoding.offsets
+
+    def holds_special(self, tokens: Tokens) -> bool:
         """True when encoded text holds a special id in spite of everything.
 
         A vocabulary that lists a special string as an ordinary entry too can do that; such text is rejected.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from preprocess.index import IndexedUnit, read_index
-from preprocess.samples import IMAGE
+from preprocess.samples import TEXT
 from shared.geometry import Budget
 
 PERCENTILES = (5, 50, 95, 100)
@@ -65,14 +65,14 @@ def _source_stats(paths: Sequence[Path]) -> dict[str, Any]:
         table = read_index(path)
         lists = table["segments"].combine_chunks()
         offsets, segments = lists.offsets.to_numpy(), lists.flatten()
-        field = {name: segments.field(name).to_numpy().astype(np.int64) for name in segments.type.names}
-        image = field["kind"] == IMAGE
+        names = ("kind", "tokens", "height", "width", "t", "h", "w")
+        field = {name: segments.field(name).to_numpy().astype(np.int64) for name in names}
+        image = field["kind"] != TEXT
         text = np.concatenate([[0], np.cumsum(np.where(image, 0, field["tokens"]))])
         count = np.concatenate([[0], np.cumsum(image)])
-        usable = table["reason"].to_numpy() == ""
         entries = {
-            "text_tokens_per_sample": (text[offsets[1:]] - text[offsets[:-1]])[usable],
-            "images_per_sample": (count[offsets[1:]] - count[offsets[:-1]])[usable],
+            "text_tokens_per_sample": (text[offsets[1:]] - text[offsets[:-1]]),
+            "images_per_sample": (count[offsets[1:]] - count[offsets[:-1]]),
             "image_height_pixels": field["height"][image],
             "image_width_pixels": field["width"][image],
             "image_aspect_ratio": (field["width"] / np.maximum(1, field["height"]))[image],
@@ -110,7 +110,11 @@ def print_report(stats: Mapping[str, Any], console: Console) -> None:
     console.print(splits)
     account = _table("source", "read", "packed", "in parts", "rejected", "reasons")
     for name, line in stats["account"].items():
-        lost = {**line["rejected"], **{f"part: {k}": v for k, v in line["parts"]["rejected"].items()}}
+        lost = {
+            **line["rejected"],
+            **{f"part: {k}": v for k, v in line["parts"]["rejected"].items()},
+            **{f"picture: {k}": v for k, v in line["media_dropped"].items()},
+        }
         reasons = ", ".join(f"{reason} {count}" for reason, count in lost.items())
         rejected = sum(line["rejected"].values())
         numbers = [line["read"], line["packed"], line["split_parts"], rejected]

@@ -2,29 +2,23 @@
 
     000000001.jpg  000000001.txt  000000001.json   ->   [image, caption]
 
-The scan walks the tar headers, and reads captions and what the headers of pictures need; the pack then reads
-single members by (offset, size) with `pread`. Pictures are read whole once, and a tar is shared by any number of
-readers.
+The scan walks the tar headers and reads the captions; a picture's place in the tar is its own, and the pack
+reads it from there.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from preprocess.config import SourceConfig
-from preprocess.samples import RawSample, RawSegment, Reject
+from preprocess.inputs import Span, expand_paths, open_cached, read_range
+from preprocess.samples import IMAGE, Media, Place, RawSample, Reject, Text
+from preprocess.sources.base import SourceConfig, SourceContext
 from shared.errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif jp2 j2k ppm pgm ico heic heif".split()
@@ -32,6 +26,22 @@ IMAGE_EXTENSIONS = frozenset(
 
 # A text takes 120 times its size while it is tokenized (measured with a BPE of 8192): half a gigabyte.
 MAX_CAPTION_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WebDatasetConfig(SourceConfig):
+    """Captioned images in tars."""
+
+    format: Literal["webdataset"] = "webdataset"
+    # "txt": the .txt member. "json:FIELD": a field of the .json member.
+    caption: str = "txt"
+    # A caption longer than a pack is no caption, and cut off from its picture it teaches nothing: too_long stays
+    # "reject" unless the captions are documents.
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        if self.caption != "txt" and not (self.caption.startswith("json:") and len(self.caption) > 5):
+            raise ValueError(f'caption must be "txt" or "json:FIELD", got {self.caption!r}')
 
 
 @dataclass(slots=True)
@@ -46,10 +56,13 @@ class _Group:
 class WebDataset:
     """A source of captioned images in plain tars (USTAR, PAX, GNU)."""
 
-    def __init__(self, name: str, config: SourceConfig) -> None:
-        self._name = name
+    def __init__(self, config: WebDatasetConfig, context: SourceContext) -> None:
+        self._name, self._paths = context.name, config.paths
         self._field = config.caption.partition(":")[2]
         self._caption = "json" if self._field else "txt"
+
+    def units(self) -> list[str]:
+        return expand_paths(self._name, self._paths)
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
         groups, damage = _read_headers(self._name, unit)
@@ -57,28 +70,6 @@ class WebDataset:
             yield self._sample(unit, group)
         if damage:
             yield self._reject(f"{os.path.basename(unit)}#rest", "archive_damaged", damage)
-
-    def read_text(self, unit: str, offset: int, size: int) -> str:
-        return self._text(self.read_bytes(unit, offset, size))
-
-    def read_bytes(self, unit: str, offset: int, size: int) -> bytes:
-        file = self._file(unit)
-        pieces: list[bytes] = []
-        end = offset + size
-        while offset < end:  # one call returns at most 2 GiB
-            pieces.append(os.pread(file.fileno(), end - offset, offset))
-            if not pieces[-1]:
-                raise UserError(
-                    f"source {self._name!r}: {unit} is shorter than at the scan; set on_change = rebuild"
-                )
-            offset += len(pieces[-1])
-        return b"".join(pieces)
-
-    def _file(self, unit: str) -> io.FileIO:
-        try:
-            return _open(unit)
-        except FileNotFoundError:
-            raise UserError(f"source {self._name!r}: {unit} is gone since the scan; put it back") from None
 
     def _sample(self, unit: str, group: _Group) -> RawSample | Reject:
         if group.repeated:
@@ -95,7 +86,7 @@ class WebDataset:
         if caption[1] > MAX_CAPTION_BYTES:
             detail = f"{caption[1]} bytes, limit {MAX_CAPTION_BYTES}"
             return self._reject(group.key, "caption_too_many_bytes", detail)
-        data = self.read_bytes(unit, *caption)
+        data = read_range(unit, *caption)
         try:
             text = self._text(data)
         except UnicodeError as error:
@@ -106,11 +97,8 @@ class WebDataset:
             return self._reject(group.key, "no_caption", f"no text field {error} in the .json member")
         if not text.strip():
             return self._reject(group.key, "caption_empty", f"{caption[1]} bytes of white space")
-        segments = (
-            RawSegment(Span(self._file(unit), *image), *image),
-            RawSegment(text, *caption),
-        )
-        return RawSample(group.key, segments)
+        picture = Media(IMAGE, Span(unit, *image), Place(unit, *image))
+        return RawSample(group.key, (picture, Text(text)))
 
     def _text(self, data: bytes) -> str:
         """The caption in a member's bytes, without a byte order mark and outer white space."""
@@ -165,7 +153,7 @@ def _what_follows(unit: str, offset: int) -> str:
     tarfile takes a header that it cannot read for the end, once there was a good one, and stops at a block of
     zeros, though another archive may have been appended to it. Other bytes behind the zeros are no members.
     """
-    file, block = _open(unit).fileno(), b""
+    file, block = open_cached(unit).fileno(), b""
     position = offset
     while chunk := os.pread(file, 1 << 20, position):
         zeros = len(chunk) - len(chunk.lstrip(b"\0"))
@@ -198,50 +186,3 @@ def _add_member(groups: dict[str, _Group], repeats: list[_Group], member: tarfil
             repeats.append(_Group(key, repeated=True))
         group = repeats[-1]
     group.members[extension.lower()] = (member.offset_data, member.size)
-
-
-class Span(io.BufferedReader):
-    """Bytes [offset, offset + size) of an open file as a file of their own; any number may share one file."""
-
-    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
-        super().__init__(_RawSpan(file, offset, size))
-        self._size = size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        # A damaged header may ask for more than there is memory, which would be taken before it is read.
-        return super().read(size if size is None else min(size, self._size))
-
-
-class _RawSpan(io.RawIOBase):
-    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._position = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        position = offset + (0, self._position, self._size)[whence]
-        if position < 0:
-            raise ValueError(f"negative position {position}")
-        self._position = position
-        return position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = os.preadv(self._file.fileno(), [view], self._offset + self._position) if view else 0
-        if view and not count:
-            raise OSError(errno.EIO, "shorter than when its headers were read", str(self._file.name))
-        self._position += count
-        return count
-
-
-@lru_cache(maxsize=64)
-def _open(unit: str) -> io.FileIO:
-    """Open files of this process; one that drops out of the cache is closed. `pread` needs no position."""
-    return io.FileIO(unit)

@@ -1,0 +1,61 @@
+"""What every input format has in common: the settings of a source and the protocol of its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from preprocess.samples import RawSample, Reject
+from shared.tokens import TokenNames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One named table under [sources]: where samples come from and what happens to the odd ones."""
+
+    paths: tuple[str, ...]
+    # What happens to a sample that does not fit one pack: cut at token borders, or rejected by name of budget.
+    too_long: Literal["split", "reject"] = "reject"
+    # What a picture costs that cannot be used: its whole sample, or itself and its place in the text.
+    bad_media: Literal["reject", "drop"] = "reject"
+    # The job stops when more than this share of a source's samples is rejected or loses a part,
+    # or more than this share of its pictures is dropped.
+    max_reject_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("paths is empty; name at least one file")
+        if not 0 <= self.max_reject_rate <= 1:
+            raise ValueError(f"max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContext:
+    """What a reader may need beyond its own settings."""
+
+    name: str
+    tokenizer: Path
+    tokens: TokenNames
+
+
+class Source(Protocol):
+    """The reader of one input format. A unit is one raw file, the grain of the scan."""
+
+    def units(self) -> list[str]:
+        """The raw files, patterns expanded, sorted, each once.
+
+        Raises:
+            UserError: a path does not exist or a pattern matches nothing.
+        """
+        ...
+
+    def scan(self, unit: str) -> Iterator[RawSample | Reject]:
+        """Every sample of the unit, usable or not, in file order.
+
+        Raises:
+            UserError: the unit as a whole cannot be read.
+            OSError: it cannot be read now; the executor tries again.
+        """
+        ...
