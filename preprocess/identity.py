@@ -50,7 +50,7 @@ def scan_identity(
 def made_by() -> dict[str, str]:
     """Versions of what decides the bytes of a data set."""
     found = {"python": platform.python_version(), "format": str(FORMAT_VERSION)}
-    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "tokenizers"):
+    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "simplejpeg", "tokenizers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
