@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from preprocess.sources import AnySource
+from shared.codecs import MAX_ZSTD_LEVEL
 from shared.config import require_at_least
 from shared.geometry import Budget, Geometry
 from shared.tokens import TokenNames
@@ -122,7 +123,12 @@ class PreprocessConfig:
     sources: dict[str, AnySource]
     budget: Budget
     seed: int = 0
-    codec: Literal["raw"] = "raw"
+    # How patches are stored: as they are, lossless, or as JPEG again (benchmarks/codecs.py: bytes and speed of each).
+    codec: Literal["raw", "zstd", "jpeg"] = "raw"
+    # Read by codec "jpeg" alone: 1 to 100, always 4:4:4.
+    jpeg_quality: int = 95
+    # Read by codec "zstd" alone: 1 is fastest, and the smallest below 16 (benchmarks/codecs.py).
+    zstd_level: int = 1
     executor: Literal["ray", "serial"] = "ray"
     # A unit is tried again this often when its worker dies or a file cannot be read for a moment.
     retries: int = 3
@@ -144,6 +150,10 @@ class PreprocessConfig:
                 raise ValueError(
                     f"source name {name!r}: use letters, digits, _ and - (it becomes a directory)"
                 )
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality must lie in [1, 100], got {self.jpeg_quality}")
+        if not 1 <= self.zstd_level <= MAX_ZSTD_LEVEL:
+            raise ValueError(f"zstd_level must lie in [1, {MAX_ZSTD_LEVEL}], got {self.zstd_level}")
         if self.retries < 0:
             raise ValueError(f"retries must be at least 0, got {self.retries}")
         if not self.sources:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from preprocess.config import PreprocessConfig
 from preprocess.index import IndexedUnit
 from preprocess.inputs import file_state
+from shared.codecs import codec_settings
 from shared.config import to_dict
 from shared.dataset import MANIFEST
 from shared.errors import UserError
@@ -50,7 +51,7 @@ def scan_identity(
 def made_by() -> dict[str, str]:
     """Versions of what decides the bytes of a data set."""
     found = {"python": platform.python_version(), "format": str(FORMAT_VERSION)}
-    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "simplejpeg", "tokenizers"):
+    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "simplejpeg", "tokenizers", "zstandard"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -68,6 +69,9 @@ def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, A
             for name, source in settings["sources"].items()
         },
         **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec", "images")},
+        "codec_settings": codec_settings(
+            config.codec, jpeg_quality=config.jpeg_quality, zstd_level=config.zstd_level
+        ),
     }
 
 
