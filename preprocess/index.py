@@ -109,7 +109,7 @@ class IndexWriter:
         self._parquet = pq.ParquetWriter(
             stack.enter_context(atomic_path(path)), INDEX_SCHEMA, compression="zstd"
         )
-        self._tokens: IO[bytes] = open(stack.enter_context(atomic_path(token_file(path))), "wb")  # noqa: SIM115
+        self._tokens: IO[bytes] = open(stack.enter_context(atomic_path(token_file(path))), "wb")
         self._media: IO[bytes] | None = None
         self._num_tokens = self._media_bytes = 0
         self._rows: list[ScannedSample] = []
@@ -142,7 +142,7 @@ class IndexWriter:
     def store(self, data: bytes) -> int:
         """Keep an encoded picture; returns its offset in the unit's media file."""
         if self._media is None:
-            self._media = open(self._stack.enter_context(atomic_path(media_file(self._path))), "wb")  # noqa: SIM115
+            self._media = open(self._stack.enter_context(atomic_path(media_file(self._path))), "wb")
         offset = self._media_bytes
         self._media.write(data)
         self._media_bytes += len(data)

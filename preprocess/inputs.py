@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import glob
+import gzip
 import io
 import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from shared.errors import UserError
 
@@ -46,6 +47,20 @@ def file_state(path: str) -> list[int | str]:
 def open_input(path: str) -> BinaryIO:
     """A raw file, to be read from its start."""
     return open(path, "rb")
+
+
+def open_stream(path: str) -> BinaryIO:
+    """A raw file's content from its start, decompressed if its name ends in .gz or .zst; not seekable then."""
+    file = open_input(path)
+    if path.endswith((".gz", ".tgz")):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if path.endswith(".zst"):
+        import zstandard
+
+        return cast(
+            BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
+        )
+    return file
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
