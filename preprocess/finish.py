@@ -36,6 +36,7 @@ def finish(
     plan: Mapping[str, Any],
     results: Mapping[str, Mapping[str, Any]],
     contract: Mapping[str, Any],
+    codec_settings: Mapping[str, int],
     tokenizer: Path,
 ) -> dict[str, Any]:
     """Complete the data set; return its statistics. `results` are the shards' result files by shard name.
@@ -59,7 +60,7 @@ def finish(
     account = {name: line.as_dict() for name, line in accounts.items()}
     stats = collect_stats(units, filled, account, Budget(**contract["budget"]))
     _write_report(output / "report", stats)
-    write_json(output / MANIFEST, _manifest(contract, plan, filled, stats))
+    write_json(output / MANIFEST, _manifest(contract, codec_settings, plan, filled, stats))
     return stats
 
 
@@ -116,6 +117,7 @@ def _write_report(directory: Path, stats: Mapping[str, Any]) -> None:
 
 def _manifest(
     contract: Mapping[str, Any],
+    codec_settings: Mapping[str, int],
     plan: Mapping[str, Any],
     results: Mapping[str, Mapping[str, Any]],
     stats: Mapping[str, Any],
@@ -131,6 +133,8 @@ def _manifest(
     return {
         **contract,
         "fingerprint": fingerprint_of(dict(contract)),
+        # For people: a decoder needs none of it, so that data sets which differ here may be mixed.
+        "codec_settings": dict(codec_settings),
         "shards": shards,
         "totals": {key: sum(line[key] for line in lines) for key in counted},
         "fill": stats["fill"],

@@ -181,6 +181,7 @@ class Job:
             plan=plan,
             results={shard["name"]: read_json(self._result_path(shard["name"])) for shard in plan["shards"]},
             contract=self.contract,
+            codec_settings=self.identity["codec_settings"],
             tokenizer=Path(self.config.tokenizer),
         )
 
