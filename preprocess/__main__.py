@@ -36,6 +36,7 @@ USAGE = """usage: python -m preprocess COMMAND ...
   verify DATASET                         prove every pack of a finished data set
   inspect DATASET --pack 3               what is in a pack, and where its bytes lie (--split validation)
   inspect DATASET --sample KEY           where a sample went, or why it was rejected (--source NAME)
+  fetch  CONFIG.toml [--key value ...]   tables of URLs -> tars or documents that `run` reads (--shard 3/16: a slice)
   synthesize DIRECTORY [--key value ...] a small captioned data set of shapes, and its tokenizer
 
 --json anywhere prints one JSON object for scripts. Keys are those of the TOML file, dotted: --budget.S 4096
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
         "report": _report,
         "verify": _verify,
         "inspect": _inspect,
+        "fetch": _fetch,
         "synthesize": _synthesize,
     }
     as_json = "--json" in arguments
@@ -187,6 +189,12 @@ def _inspect(words: list[str], as_json: bool) -> int:
     for reject in rejects:
         print(f"rejected: {reject['source']} {reject['key']}: {reject['reason']} ({reject['detail']})")
     return 0
+
+
+def _fetch(words: list[str], as_json: bool) -> int:
+    from preprocess.fetch import command
+
+    return command.main(words, as_json)
 
 
 def _synthesize(words: list[str], as_json: bool) -> int:

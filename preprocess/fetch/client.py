@@ -16,6 +16,7 @@ import hashlib
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -87,6 +88,8 @@ class Client:
         self._connections = asyncio.Semaphore(http.connections)
         self._begun = asyncio.Semaphore(http.connections * (1 + WAITING_PER_CONNECTION))
         self._hosts: dict[str, _Host] = {}
+        # URLs by what became of them: "fetched", or the reason.
+        self.outcomes: Counter[str] = Counter()
 
     async def fetch_each(self, urls: Iterable[str], store: Callable[[str, Body | Failure], None]) -> None:
         """Fetch URLs side by side and hand over each outcome as it comes; a body is gone after `store`."""
@@ -94,6 +97,7 @@ class Client:
         async def fetch_one(url: str) -> None:
             try:
                 outcome = await self.fetch(url)
+                self.outcomes["fetched" if isinstance(outcome, Body) else outcome.reason] += 1
                 if isinstance(outcome, Body):
                     with outcome.file:
                         store(url, outcome)

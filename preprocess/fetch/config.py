@@ -135,6 +135,10 @@ class FetchConfig:
         slice_number, slices = self.slice
         if not 1 <= slice_number <= slices:
             raise ValueError(f'shard must be like "3/16", from 1/16 to 16/16, got {self.shard!r}')
+        if slices > 1 and self.on_change == "rebuild":
+            raise ValueError(
+                "on_change = rebuild would remove the other slices' work; remove the output yourself"
+            )
 
     @property
     def slice(self) -> tuple[int, int]:
