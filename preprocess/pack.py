@@ -79,6 +79,7 @@ class Piece:
     parts: int
     start: int
     end: int
+    length: int
     first_image: int
     rows: list[int]
     segments: list[IndexSegment]
@@ -211,7 +212,8 @@ def _packed_piece(
     ids: TokenIds,
 ) -> PackedPiece:
     """`segments` are those of the piece that could be loaded."""
-    first, last = piece.start == 0, piece.part == piece.parts - 1
+    # The end of text is in the last part; where that holds nothing else, it is the last label of the part before.
+    first, last = piece.start == 0, piece.end >= piece.length - 1
     tokens, labels = token_stream(segments, texts, ids, first=first, last=last)
     lost = sum(s.tokens for s in piece.segments) - sum(s.tokens for s in segments)
     length = piece.end - piece.start - lost  # behind it there may be one token more, the last label

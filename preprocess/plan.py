@@ -34,7 +34,7 @@ from shared.tokens import TokenIds
 PLAN_SUMMARY = "plan.json"
 
 # One row per piece, sorted by pack. `index`: its unit's index file below index/. `segments`: those of the piece,
-# texts cut to it (`stream.clip_segments`). `rows`: the vision rows of its images.
+# texts cut to it (`stream.clip_segments`). `length`: tokens of the whole sample. `rows`: the vision rows of its images.
 PLAN_SCHEMA = pa.schema(
     [
         ("pack", pa.int32()),
@@ -46,6 +46,7 @@ PLAN_SCHEMA = pa.schema(
         ("parts", pa.int32()),
         ("start", pa.int64()),
         ("end", pa.int64()),
+        ("length", pa.int64()),
         ("first_image", pa.int32()),
         ("rows", pa.list_(pa.int32())),
         ("segments", SEGMENTS_TYPE),
@@ -62,6 +63,7 @@ class Pieces:
     parts: npt.NDArray[np.int64]
     start: npt.NDArray[np.int64]
     end: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
     first_image: npt.NDArray[np.int64]
     last_image: npt.NDArray[np.int64]
 
@@ -159,7 +161,9 @@ def _cut_into_pieces(
     fits &= too_large[image_start[1:]] == too_large[image_start[:-1]]
     whole = np.flatnonzero(fits)
     zeros = np.zeros_like(whole)
-    rows = [np.stack([whole, zeros, zeros + 1, zeros, length[whole], zeros, num_images[whole]])]
+    rows = [
+        np.stack([whole, zeros, zeros + 1, zeros, length[whole], length[whole], zeros, num_images[whole]])
+    ]
     rejects: list[Reject] = []
     for sample in np.flatnonzero(~fits).tolist():
         record = index.slice(sample, 1).to_pylist()[0]
@@ -170,8 +174,17 @@ def _cut_into_pieces(
             rejects.append(Reject(record["source"], record["key"], f"exceeds_{verdict}", detail))
         else:
             fields = [
-                (sample, number, len(verdict), part.start, part.end, part.first_image, part.last_image)
-                for number, part in enumerate(verdict)
+                (
+                    sample,
+                    number,
+                    len(verdict),
+                    p.start,
+                    p.end,
+                    int(length[sample]),
+                    p.first_image,
+                    p.last_image,
+                )
+                for number, p in enumerate(verdict)
             ]
             rows.append(np.array(fields, np.int64).T)
     columns = np.concatenate(rows, axis=1)
@@ -242,7 +255,9 @@ def _write_shard_plan(
     columns = {
         "pack": pack,
         **{name: samples[name] for name in ("source", "unit", "index", "key")},
-        **{name: getattr(pieces, name) for name in ("part", "parts", "start", "end", "first_image")},
+        **{
+            name: getattr(pieces, name) for name in ("part", "parts", "start", "end", "length", "first_image")
+        },
         "rows": rows,
         "segments": _segments_of(samples["segments"], pieces, ids),
     }

@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from preprocess.config import PlanConfig, PreprocessConfig, SourceConfig
+from preprocess.config import PlanConfig, PreprocessConfig
 from preprocess.job import run_job
+from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.synthetic import train_tokenizer, write_shapes
 from shared.dataset import DataSet, open_dataset
 from shared.geometry import Budget, Geometry
@@ -38,7 +39,7 @@ def dataset(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
         PreprocessConfig(
             output=str(output),
             tokenizer=str(raw / "tokenizer"),
-            sources={"shapes": SourceConfig(paths=(str(raw / "tars" / "*.tar"),))},
+            sources={"shapes": WebDatasetConfig(paths=(str(raw / "tars" / "*.tar"),))},
             budget=BUDGET,
             geometry=Geometry(patch_size=P_SIDE, merge=MERGE, max_patches_per_image=64),
             plan=PlanConfig(shard_bytes=1 << 20, validation_fraction=0.2),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from PIL import Image
 
-from preprocess.config import PlanConfig, PreprocessConfig, SourceConfig
+from preprocess.config import PlanConfig, PreprocessConfig
+from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.synthetic import train_tokenizer
 from shared.geometry import Budget, Geometry
 
@@ -92,10 +95,30 @@ def make_config(directory: Path, *paths: Path, **changes: Any) -> PreprocessConf
     settings: dict[str, Any] = {
         "output": str(directory / "out"),
         "tokenizer": str(byte_tokenizer(directory / "tokenizer")),
-        "sources": {"web": SourceConfig(**source)},
+        "sources": {"web": WebDatasetConfig(**source)},
         "budget": BUDGET,
         "geometry": GEOMETRY,
         "executor": "serial",
         "plan": PlanConfig(shard_bytes=8192),
     }
     return PreprocessConfig(**{**settings, **changes})
+
+
+class Reads:
+    """The bytes that were read from files by offset, counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_most: int = 1 << 40) -> None:
+        self.bytes = 0
+        pread, preadv = os.pread, os.preadv
+
+        def counted(file: int, size: int, offset: int) -> bytes:
+            data = pread(file, min(size, at_most), offset)
+            self.bytes += len(data)
+            return data
+
+        def counted_into(file: int, buffers: list[memoryview], offset: int) -> int:
+            self.bytes += (count := preadv(file, buffers, offset))
+            return count
+
+        monkeypatch.setattr(os, "pread", counted)
+        monkeypatch.setattr(os, "preadv", counted_into)

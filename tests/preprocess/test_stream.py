@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from preprocess.packing import pack_pieces
 from preprocess.samples import IMAGE, TEXT, IndexSegment
-from preprocess.stream import Part, image_starts, place_in_rows, split_sample, stream_length, token_stream
+from preprocess.stream import (
+    Part,
+    clip_segments,
+    image_starts,
+    place_in_rows,
+    split_sample,
+    stream_length,
+    token_stream,
+)
 from shared.geometry import Budget
 from shared.tokens import TokenIds
 
@@ -30,18 +38,47 @@ IDS = TokenIds(
 
 
 def text(tokens: int) -> IndexSegment:
-    return IndexSegment(TEXT, 0, 0, tokens)
+    return IndexSegment(TEXT, "", 0, 0, tokens)
 
 
 def image(h: int, w: int) -> IndexSegment:
     """2 x 2 patches make one token."""
-    return IndexSegment(IMAGE, 0, 0, h * w // 4 + 2, 1, 1, 1, h, w)
+    return IndexSegment(IMAGE, "", 0, 0, h * w // 4 + 2, 1, 1, 1, h, w)
 
 
 def encoded(segments: list[IndexSegment]) -> list[np.ndarray]:
     """Text tokens that are all different: 10, 11, 12 .. through the sample."""
     lengths = [s.tokens for s in segments if s.kind == TEXT]
     return np.split(np.arange(10, 10 + sum(lengths), dtype=np.int32), np.cumsum(lengths)[:-1])
+
+
+def with_places(segments: list[IndexSegment]) -> list[IndexSegment]:
+    """Texts placed one after another in a token file that holds 10, 11, 12 .."""
+    offset, placed = 0, []
+    for segment in segments:
+        placed.append(replace(segment, offset=offset) if segment.kind == TEXT else segment)
+        offset += segment.tokens if segment.kind == TEXT else 0
+    return placed
+
+
+def text_of(segments: list[IndexSegment]) -> list[np.ndarray]:
+    return [
+        np.arange(10 + s.offset, 10 + s.offset + s.tokens, dtype=np.int32) for s in segments if s.kind == TEXT
+    ]
+
+
+def test_unlearned_tokens_are_in_the_stream_and_label_nothing() -> None:
+    tokens, labels = token_stream([text(4)], [np.array([~10, ~11, 12, 13], np.int32)], IDS)
+    assert tokens.tolist() == [BOS, 10, 11, 12, 13, EOS]
+    assert labels.tolist() == [-100, -100, 12, 13, EOS, -100]
+
+
+def test_a_clipped_text_brings_the_token_behind_its_end_and_a_clipped_image_nothing() -> None:
+    segments = with_places([text(5), image(2, 2), text(2)])  # bos, 10 .. 14, 3 of image, 15 16, eos
+    assert clip_segments(segments, IDS, 0, 3) == [replace(segments[0], offset=0, tokens=3)]
+    assert clip_segments(segments, IDS, 3, 6) == [replace(segments[0], offset=2, tokens=3)]
+    assert clip_segments(segments, IDS, 6, 9) == [segments[1], replace(segments[2], tokens=1)]
+    assert clip_segments(segments, IDS, 10, 12) == [replace(segments[2], offset=6, tokens=1)]
 
 
 def test_tokens_and_labels_of_a_small_sample_are_those_written_by_hand() -> None:
@@ -166,8 +203,18 @@ def test_parts_cover_the_stream_once_fit_their_budgets_and_leave_images_whole(
             np.array([part.end - part.start]), np.array([0, len(patches)]), patches, budget, images_per_row
         )
         assert packing.num_packs == 1
-    for whole in (tokens, labels):
-        np.testing.assert_array_equal(np.concatenate([whole[p.start : p.end] for p in parts]), whole)
+    placed = with_places(segments)
+    for part in parts:
+        # Each part is made from its own clipped segments, and equals its slice of the whole.
+        clipped = clip_segments(placed, ids, part.start, part.end)
+        assert [s for s in clipped if s.kind == IMAGE] == images[part.first_image : part.last_image]
+        own = token_stream(
+            clipped, text_of(clipped), ids, first=part.start == 0, last=part.end >= len(tokens) - 1
+        )
+        length = part.end - part.start
+        assert len(own[0]) in (length, length + 1)
+        for found, whole in zip(own, (tokens, labels), strict=True):
+            np.testing.assert_array_equal(found[:length], whole[part.start : part.end])
     # Every text token and the end of text is learned once, whatever the cuts; the very first token is not.
     learned = labels[labels != -100]
     skipped = 0 if begins or segments[0].kind == IMAGE else 1

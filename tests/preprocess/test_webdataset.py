@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import tarfile
@@ -11,39 +10,54 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from preprocess.config import SourceConfig
+from preprocess.config import ImageLimits
 from preprocess.images import Header, ImageError, read_header
-from preprocess.samples import RawSample, Reject
-from preprocess.sources import list_units
-from preprocess.sources.webdataset import MAX_CAPTION_BYTES, Span, WebDataset
+from preprocess.inputs import read_range
+from preprocess.samples import Media, RawSample, Reject, Text
+from preprocess.sources.base import SourceContext
+from preprocess.sources.webdataset import MAX_CAPTION_BYTES, WebDataset, WebDatasetConfig
 from shared.errors import UserError
-from tests.preprocess.inputs import Members, encode, noise, png, write_tar
+from shared.tokens import TokenNames
+from tests.preprocess.inputs import Members, Reads, encode, noise, png, write_tar
 
 PICTURE = b"the bytes of a picture, which nobody looks at here"
 
 
+def open_tars(path: Path, caption: str = "txt") -> WebDataset:
+    context = SourceContext("web", Path("unused"), TokenNames())
+    return WebDataset(WebDatasetConfig(paths=(str(path),), caption=caption), context)
+
+
 def scan(path: Path, caption: str = "txt") -> list[RawSample | Reject]:
-    return list(WebDataset("web", SourceConfig(paths=(str(path),), caption=caption)).scan(str(path)))
+    return list(open_tars(path, caption).scan(str(path)))
 
 
 def content(entry: RawSample | Reject) -> list[str | bytes]:
     """What the segments of a sample hold, pictures read whole."""
-    assert isinstance(entry, RawSample)
-    return [s.content if isinstance(s.content, str) else s.content.read() for s in entry.segments]
+    return [picture_of(entry).read(), caption_of(entry)]
 
 
-def picture_of(entry: RawSample | Reject) -> BinaryIO:
+def media_of(entry: RawSample | Reject) -> Media:
     assert isinstance(entry, RawSample)
-    picture = entry.segments[0].content
-    assert not isinstance(picture, str)
+    picture = entry.segments[0]
+    assert isinstance(picture, Media)
     return picture
 
 
+def picture_of(entry: RawSample | Reject) -> BinaryIO:
+    return media_of(entry).file
+
+
+def caption_of(entry: RawSample | Reject) -> str:
+    assert isinstance(entry, RawSample)
+    caption = entry.segments[1]
+    assert isinstance(caption, Text)
+    return caption.text
+
+
 def captions(entries: list[RawSample | Reject]) -> dict[str, str]:
-    return {entry.key: str(entry.segments[1].content) for entry in entries if isinstance(entry, RawSample)}
+    return {entry.key: caption_of(entry) for entry in entries if isinstance(entry, RawSample)}
 
 
 def reasons(entries: list[RawSample | Reject]) -> list[tuple[str, str]]:
@@ -122,10 +136,10 @@ def test_a_caption_in_the_json_member_is_found_or_its_absence_named(
 ) -> None:
     path = write_tar(tmp_path / "a.tar", [("a.jpg", PICTURE), ("a.txt", b"not this"), ("a.json", content)])
     (entry,) = scan(path, "json:caption")
-    assert (entry.reason if isinstance(entry, Reject) else entry.segments[1].content) == expected
+    assert (entry.reason if isinstance(entry, Reject) else caption_of(entry)) == expected
 
 
-def test_the_caption_read_again_by_offset_is_the_one_of_the_scan(tmp_path: Path) -> None:
+def test_a_caption_loses_byte_order_mark_and_outer_white_space_and_nothing_else(tmp_path: Path) -> None:
     members = [
         ("a.jpg", PICTURE),
         ("a.txt", "\ufeff  line\r\nnext\x00 \n".encode()),
@@ -133,11 +147,8 @@ def test_the_caption_read_again_by_offset_is_the_one_of_the_scan(tmp_path: Path)
     ]
     path = write_tar(tmp_path / "a.tar", members)
     for caption, expected in (("txt", "line\r\nnext\x00"), ("json:c", "x")):
-        source = WebDataset("web", SourceConfig(paths=(str(path),), caption=caption))
-        (entry,) = source.scan(str(path))
-        assert isinstance(entry, RawSample)
-        text = entry.segments[1]
-        assert text.content == expected == source.read_text(str(path), text.offset, text.size)
+        (entry,) = scan(path, caption)
+        assert caption_of(entry) == expected
 
 
 def test_a_key_that_comes_twice_is_used_once_and_counted_once(tmp_path: Path) -> None:
@@ -178,36 +189,15 @@ def test_reads_by_offset_equal_tarfiles_own_extraction(tmp_path: Path, format: i
     long = "" if format == tarfile.USTAR_FORMAT else "長い/" + "x" * 200
     members = [(f"{long}{n}.{kind}", bytes([n]) * (n * 211)) for n in range(1, 9) for kind in ("jpg", "txt")]
     path = write_tar(tmp_path / "a.tar", members, format)
-    source = WebDataset("web", SourceConfig(paths=(str(path),)))
-    found = {
-        f"{entry.key}.{kind}": source.read_bytes(str(path), segment.offset, segment.size)
-        for entry in source.scan(str(path))
-        if isinstance(entry, RawSample)
-        for kind, segment in zip(("jpg", "txt"), entry.segments, strict=True)
-    }
+    found = {}
+    for entry in scan(path):
+        place = media_of(entry).place
+        assert place is not None and place.file == str(path)
+        found[f"{entry.key}.jpg"] = read_range(place.file, place.offset, place.size)
+        found[f"{entry.key}.txt"] = caption_of(entry).encode()
     with tarfile.open(path) as tar:
         expected = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
     assert found == expected and len(found) == 16
-
-
-class Reads:
-    """The bytes that were read from files by offset, counted."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_most: int = 1 << 40) -> None:
-        self.bytes = 0
-        pread, preadv = os.pread, os.preadv
-
-        def counted(file: int, size: int, offset: int) -> bytes:
-            data = pread(file, min(size, at_most), offset)
-            self.bytes += len(data)
-            return data
-
-        def counted_into(file: int, buffers: list[memoryview], offset: int) -> int:
-            self.bytes += (count := preadv(file, buffers, offset))
-            return count
-
-        monkeypatch.setattr(os, "pread", counted)
-        monkeypatch.setattr(os, "preadv", counted_into)
 
 
 def test_of_a_picture_the_scan_reads_its_header_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +205,7 @@ def test_of_a_picture_the_scan_reads_its_header_only(tmp_path: Path, monkeypatch
     path = write_tar(tmp_path / "a.tar", [("a.jpg", picture), ("a.txt", b"x")])
     reads = Reads(monkeypatch)
     (entry,) = scan(path)
-    assert read_header(picture_of(entry), max_pixels=360_000, max_bytes=len(picture)) == Header(600, 600)
+    assert read_header(picture_of(entry), limits=ImageLimits()) == Header(600, 600)
     assert reads.bytes <= 2 * 8192 + 512 < len(picture) // 10
 
 
@@ -237,44 +227,10 @@ def test_a_member_beyond_the_limit_is_refused_by_its_size_and_not_read(
     first, second = scan(path)
     file = picture_of(first)
     with pytest.raises(ImageError, match=r"5368709120 bytes, limit 67108864") as caught:
-        read_header(file, max_pixels=100, max_bytes=64 << 20)
+        read_header(file, limits=ImageLimits())
     assert caught.value.reason == "image_too_many_bytes"
     assert isinstance(second, Reject) and second.reason == "caption_too_many_bytes"
     assert reads.bytes == 1 + 1024  # a caption of one byte, and the blocks of zeros at the end
-
-
-def test_a_member_that_one_call_does_not_return_whole_is_read_in_several(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = bytes(range(256)) * 10
-    path = write_tar(tmp_path / "a.tar", [("a.jpg", content), ("a.txt", b"x")])
-    Reads(monkeypatch, at_most=999)
-    source = WebDataset("web", SourceConfig(paths=(str(path),)))
-    (entry,) = source.scan(str(path))
-    assert isinstance(entry, RawSample)
-    assert source.read_bytes(str(path), entry.segments[0].offset, len(content)) == content
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    steps=st.lists(
-        st.tuples(
-            st.integers(0, 2), st.integers(-20_000, 40_000), st.sampled_from([None, -1, 0, 1, 9000, 1 << 60])
-        )
-    )
-)
-def test_a_span_reads_and_seeks_as_if_its_bytes_were_a_file_of_their_own(
-    steps: list[tuple[int, int, int | None]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "span"
-    content = noise(0, 100, 100).tobytes()
-    path.write_bytes(b"before" + content + b"behind")
-    span, expected = Span(io.FileIO(path), 6, len(content)), io.BytesIO(content)
-    for whence, offset, size in steps:
-        if (0, expected.tell(), len(content))[whence] + offset >= 0:
-            assert span.seek(offset, whence) == expected.seek(offset, whence)
-        assert span.read(size) == expected.read(size)
-        assert span.tell() == expected.tell()
 
 
 def test_a_file_that_shrinks_under_the_scan_is_an_error_of_the_system_and_no_broken_picture(
@@ -285,7 +241,7 @@ def test_a_file_that_shrinks_under_the_scan_is_an_error_of_the_system_and_no_bro
     file = picture_of(entry)
     os.truncate(path, 1600)  # header, caption, header, and 64 bytes of the picture
     with pytest.raises(OSError, match="shorter than when its headers were read") as caught:
-        read_header(file, max_pixels=100, max_bytes=1000)
+        read_header(file, limits=ImageLimits())
     assert str(caught.value.filename) == str(path)
 
 
@@ -397,22 +353,3 @@ def test_a_compressed_tar_is_refused_with_the_reason(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="compressed tars cannot be read by offset, unpack them"):
         scan(packed)
-
-
-def test_a_tar_that_shrank_or_went_since_the_scan_is_named(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [("a.jpg", PICTURE), ("a.txt", b"x")])
-    source = WebDataset("web", SourceConfig(paths=(str(path),)))
-    with pytest.raises(UserError, match="shorter than at the scan"):
-        source.read_bytes(str(path), 10_000, 4000)
-    with pytest.raises(UserError, match="gone since the scan"):
-        source.read_bytes(str(tmp_path / "b.tar"), 0, 10)
-
-
-def test_paths_and_patterns_name_every_file_once_in_order(tmp_path: Path) -> None:
-    for name in ("b.tar", "a.tar", "c.txt"):
-        (tmp_path / name).touch()
-    config = SourceConfig(paths=(f"{tmp_path}/b.tar", f"{tmp_path}/*.tar"))
-    assert list_units("web", config) == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
-    for path, message in (("x.tar", "no such file"), ("*.zip", "matches no file"), ("", "no such file")):
-        with pytest.raises(UserError, match=f"{message}; correct sources.web.paths"):
-            list_units("web", SourceConfig(paths=(f"{tmp_path}/{path}",)))
