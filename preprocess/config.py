@@ -46,7 +46,7 @@ class ImageConfig:
 
     # What is behind transparent pixels: "#rrggbb".
     background: str = "#ffffff"
-    # Decode a JPEG to 1/2, 1/4 or 1/8 of its size where twice the target remains on both sides.
+    # Decode a JPEG to 1/2, 1/4 or 1/8 of its size where 1.5 times the target remains on both sides.
     dct_scaling: bool = True
     # Colours of embedded profiles (Display P3, Adobe RGB, inks) to sRGB. Costs nothing without a profile, and
     # what it costs with one is spent on the resized picture; false takes all colours for sRGB, as most loaders do.

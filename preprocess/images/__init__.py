@@ -58,7 +58,7 @@ def load_image(
     h, w = grid[::-1] if turned else grid
     profile = profile_of(picture) if config.convert_profiles else None
     stored = (h * geometry.patch_size, w * geometry.patch_size)
-    pixels_hwc = _decode(
+    pixels_hwc, scale = _decode(
         picture,
         data,
         target=stored if config.dct_scaling else None,
@@ -66,7 +66,9 @@ def load_image(
         background=config.background_rgb,
         profile=profile,
     )
-    pixels_hwc = resize(pixels_hwc, h, w, geometry)
+    width, height = picture.size
+    covered = (height / scale, width / scale) if scale > 1 else None
+    pixels_hwc = resize(pixels_hwc, h, w, geometry, covered=covered)
     with reject_as("image_corrupt", file):
         pixels_hwc = to_srgb(pixels_hwc, None if has_alpha(picture) else profile)
     # Turned last: the picture is small by now.

@@ -22,7 +22,7 @@ BAND_PIXELS = 4 << 20
 
 # A JPEG is decoded to 1/2, 1/4 or 1/8 of its size if this many times the target remains on both sides
 # (benchmarks/images.py: what other margins do to the result). Those are the sizes with vectorized code.
-MARGIN = 2
+MARGIN = 1.5
 _SCALES = (8, 4, 2)
 
 
@@ -34,8 +34,8 @@ def decode(
     limits: ImageLimits,
     background: tuple[int, int, int],
     profile: Transform | None,
-) -> Pixels:
-    """uint8 [H, W, 3], or CMYK [H, W, 4], in the order of the file.
+) -> tuple[Pixels, int]:
+    """uint8 [H, W, 3], or CMYK [H, W, 4], in the order of the file, and the divisor of its size: 1, 2, 4 or 8.
 
     target: (height, width) that the pixels are going to be resized to, which allows fewer pixels; None for all.
 
@@ -43,23 +43,23 @@ def decode(
         ImageError: the pixels cannot be decoded, all of them.
     """
     if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L"):
-        if (pixels_hwc := _turbo(data, picture.size, target)) is not None:
-            return pixels_hwc
+        width, height = picture.size
+        scale = 1 if target is None else scale_of((height, width), target)
+        if (pixels_hwc := _turbo(data, (height, width), scale)) is not None:
+            return pixels_hwc, scale
     quiet = quiet_stderr() if picture.format == "TIFF" else nullcontext()
     with reject_as("image_corrupt", io.BytesIO(data)), pillow_limit(limits.max_pixels), quiet:
         picture.load()
         pixels_hwc = _in_bands(picture, background, profile)
     # Pillow takes every CMYK JPEG for one of Adobe's, which hold the paper that shows instead of the ink.
     if picture.format == "JPEG" and picture.mode == "CMYK" and "adobe" not in picture.info:
-        return 255 - pixels_hwc
-    return pixels_hwc
+        pixels_hwc = 255 - pixels_hwc
+    return pixels_hwc, 1
 
 
-def _turbo(data: bytes | memoryview, size: tuple[int, int], target: tuple[int, int] | None) -> Pixels | None:
-    """RGB uint8 [H, W, 3]; None if the decoder has anything to object, be it a warning."""
-    width, height = size
-    scale = 1 if target is None else scale_of((height, width), target)
-    least = (-(-height // scale), -(-width // scale))
+def _turbo(data: bytes | memoryview, size: tuple[int, int], scale: int) -> Pixels | None:
+    """RGB uint8 [H / scale, W / scale, 3], rounded up; None if the decoder has anything to object, be it a warning."""
+    least = (-(-size[0] // scale), -(-size[1] // scale))
     # The decoder takes the smallest of its sizes that is no smaller: exactly this. 0 asks for no scaling.
     min_height, min_width = least if scale > 1 else (0, 0)
     try:
@@ -71,8 +71,9 @@ def _turbo(data: bytes | memoryview, size: tuple[int, int], target: tuple[int, i
 
 def scale_of(size: tuple[int, int], target: tuple[int, int]) -> int:
     """Divisor of a JPEG's size to decode it to: 8, 4, 2 or 1."""
-    fits = (s for s in _SCALES if all(-(-a // s) >= MARGIN * b for a, b in zip(size, target, strict=True)))
-    return next(fits, 1)
+    return next(
+        (s for s in _SCALES if all(a >= s * MARGIN * b for a, b in zip(size, target, strict=True))), 1
+    )
 
 
 def _in_bands(picture: Image.Image, background: tuple[int, int, int], profile: Transform | None) -> Pixels:
