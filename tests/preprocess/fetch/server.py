@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import gzip
 import socket
+import ssl
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -25,8 +27,10 @@ class Server:
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
         self.headers: list[str] = []
+        self.times: dict[str, float] = {}  # of the first request
         self.open_now = self.open_most = 0
         self.sent_bytes = 0
+        self.files: dict[str, bytes] = {}  # by path, served as they are
         self.port = 0
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
@@ -39,6 +43,7 @@ class Server:
                 target = head.split(" ")[1]
                 self.requests[target] += 1
                 self.headers.append(head)
+                self.times.setdefault(target, time.monotonic())
                 self.open_now += 1
                 self.open_most = max(self.open_most, self.open_now)
                 try:
@@ -53,6 +58,10 @@ class Server:
         split = urlsplit(target)
         query = {name: values[-1] for name, values in parse_qs(split.query).items()}
         kind = split.path.split("/")[1]
+        if target in self.files:
+            body = self.files[target]
+            await self.send(writer, 200, [f"Content-Length: {len(body)}"], body)
+            return True
         special: dict[str, Callable[[asyncio.StreamWriter], Awaitable[None]]] = {
             "silent": self.silent,
             "drip": self.drip,
@@ -76,7 +85,7 @@ class Server:
         if kind in ("ok", "slow"):
             return 200, image + length, body
         if kind == "status":
-            return int(query["code"]), ["Content-Length: 2"], b"no"
+            return int(query["code"]), [] if query["code"] in ("204", "304") else ["Content-Length: 0"], b""
         if kind == "fails-first":  # as often as `times`
             late = [f"Retry-After: {query['after']}"] if "after" in query else []
             if seen <= int(query["times"]):
@@ -139,12 +148,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
+def serving(tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     server, ready = Server(), threading.Event()
     loop = asyncio.new_event_loop()
 
     async def listen() -> asyncio.Server:
-        listener = await asyncio.start_server(server.handle, "127.0.0.1", 0, limit=1 << 20)
+        listener = await asyncio.start_server(server.handle, "127.0.0.1", 0, limit=1 << 20, ssl=tls)
         server.port = listener.sockets[0].getsockname()[1]
         return listener
 
