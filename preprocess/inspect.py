@@ -90,7 +90,7 @@ def pack_record(dataset: DataSet, split: str, number: int) -> Record:
         "bytes": {name: [span.start, span.stop] for name, span in reader.byte_ranges(row).items()},
         "tokens": sum(document.length for document in reader.documents(row)),
         "labels": int((pack.labels_S != IGNORE_LABEL).sum()),
-        "patches": len(pack.patches_XP),
+        "patches": pack.num_patches,
         "cost": pack.cost,
         "documents": documents,
         "images": images,

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shared.codecs import CODECS, ImageDecoder, image_decoder
 from shared.errors import UserError, closest
 from shared.files import canonical_json, read_json, sha256
 from shared.geometry import PATCH_ORDER, Budget, Geometry
-from shared.schema import CODECS, FORMAT_VERSION, Document, Pack
+from shared.schema import FORMAT_VERSION, Document, Pack
 from shared.shard_reader import ShardReader
 from shared.tokens import TokenIds
 
@@ -94,6 +95,10 @@ class DataSet:
         """Hash of the content: the fingerprint and every shard's checksum, in order."""
         return sha256(canonical_json([self.fingerprint, [dataclasses.asdict(s) for s in self.shards]]))
 
+    @cached_property
+    def _decoder(self) -> ImageDecoder | None:
+        return image_decoder(self.codec, self.geometry)
+
     @property
     def splits(self) -> list[str]:
         return sorted({shard.split for shard in self.shards})
@@ -126,7 +131,7 @@ class DataSet:
     def reader(self, shard: ShardEntry) -> ShardReader:
         if shard.name not in self._readers:
             path = self.path / "shards" / shard.name
-            reader = ShardReader(path, self.geometry.values_per_patch)
+            reader = ShardReader(path, self.geometry.values_per_patch, self._decoder)
             if reader.fingerprint != self.fingerprint or len(reader) != shard.packs:
                 raise UserError(
                     f"shard {path}: belongs to another data set (fingerprint {reader.fingerprint[:12]}, "

@@ -4,6 +4,7 @@
 |-----------------------------|---------------------------|----------------------------------------------------|
 | tokens, labels, positions   | fixed_size_binary(4*S)    | int32 little-endian; padding: pad id, -100, 0..k   |
 | patches                     | large_binary              | codec raw: uint8 [valid patches, P], rows in order |
+|                             |                           | others: one frame per image, see `codecs`          |
 | images                      | list<struct>              | place of each image, in patch-blob order           |
 | documents                   | list<struct>              | which sample each token came from                  |
 | cost                        | int64                     | modelled FLOPs of the pack                         |
@@ -15,6 +16,7 @@ Writer (`shard_writer`) and reader (`shard_reader`) share this module and nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from shared.codecs import FrameError, ImageDecoder
+from shared.errors import UserError
+
 FORMAT_VERSION = 1
 METADATA_VERSION = b"parquetry.format_version"
 METADATA_FINGERPRINT = b"parquetry.fingerprint"
-CODECS = ("raw",)
 IGNORE_LABEL = -100
 
 # Stored uncompressed, PLAIN, without a dictionary and as one page per row group: the mapped columns.
@@ -40,7 +44,7 @@ IMAGE_DTYPE = np.dtype(
         ("t", "<i4"),  # size in patches
         ("h", "<i4"),
         ("w", "<i4"),
-        ("nbytes", "<i8"),  # bytes in the patch blob
+        ("nbytes", "<i8"),  # bytes in the patch column
     ]
 )
 
@@ -60,20 +64,76 @@ class Document:
 class Pack:
     """One training sequence with its vision rows; arrays may be views of a mapped file.
 
-    tokens_S, labels_S, positions_S: int32 [S]; patches_XP: uint8 [valid patches, P], vision rows in order;
-    images: IMAGE_DTYPE [images], in patch-blob order.
+    tokens_S, labels_S, positions_S: int32 [S]; images: IMAGE_DTYPE [images], in the order of the patch column;
+    stored: what the patch column holds, uint8 [valid patches, P] where `decoder` is None (codec raw), else
+    uint8 [bytes], one frame per image.
     """
 
     tokens_S: npt.NDArray[np.int32]
     labels_S: npt.NDArray[np.int32]
     positions_S: npt.NDArray[np.int32]
-    patches_XP: npt.NDArray[np.uint8]
+    stored: npt.NDArray[np.uint8]
     images: npt.NDArray[Any]
     cost: int
+    decoder: ImageDecoder | None = None
+    origin: str = "a pack in memory"
+    """Where it comes from, for messages."""
+
+    @property
+    def patches_i(self) -> npt.NDArray[np.int64]:
+        """Patches of every image, int64 [images]."""
+        return self.images["t"].astype(np.int64) * self.images["h"] * self.images["w"]
+
+    @property
+    def num_patches(self) -> int:
+        return int(self.patches_i.sum())
+
+    @property
+    def patches_XP(self) -> npt.NDArray[np.uint8]:  # noqa: N802
+        """All patches, uint8 [valid patches, P], vision rows in order: `stored` itself, or all frames decoded.
+
+        Raises:
+            UserError: a frame is damaged; names shard, pack and image.
+        """
+        if self.decoder is None:
+            return self.stored
+        patches_XP = np.empty((self.num_patches, self.decoder.geometry.values_per_patch), np.uint8)
+        ends = np.cumsum(self.patches_i).tolist()
+        for image, (start, end) in enumerate(pairwise([0, *ends])):
+            self.decode_image(image, patches_XP[start:end])
+        return patches_XP
+
+    def read_image(self, image: int) -> npt.NDArray[np.uint8]:
+        """Patches of one image, uint8 [t*h*w, P]: a view with codec raw, else decoded."""
+        if self.decoder is None:
+            return self._bytes_of(image).reshape(-1, self.stored.shape[-1])
+        shape = (int(self.patches_i[image]), self.decoder.geometry.values_per_patch)
+        self.decode_image(image, out := np.empty(shape, np.uint8))
+        return out
+
+    def decode_image(self, image: int, out: npt.NDArray[np.uint8]) -> None:
+        """Decode one image's frame into `out`, uint8 [t*h*w, P], contiguous. Not for codec raw.
+
+        Raises:
+            UserError: the frame is damaged; names shard, pack and image.
+        """
+        assert self.decoder is not None, "codec raw stores patches, not frames"
+        t, h, w = (int(self.images[image][name]) for name in ("t", "h", "w"))
+        try:
+            self.decoder(self._bytes_of(image), t, h, w, out)
+        except FrameError as error:
+            raise UserError(
+                f"{self.origin}: image {image} is damaged: {error}; copy the shard again "
+                f"(`python -m preprocess verify` finds everything that is damaged)"
+            ) from None
+
+    def _bytes_of(self, image: int) -> npt.NDArray[np.uint8]:
+        first = int(self.images["nbytes"][:image].sum())
+        return self.stored.reshape(-1)[first : first + int(self.images["nbytes"][image])]
 
     def checksum(self) -> int:
         digest = xxhash.xxh3_64()
-        for array in (self.tokens_S, self.labels_S, self.positions_S, self.patches_XP):
+        for array in (self.tokens_S, self.labels_S, self.positions_S, self.stored):
             digest.update(array.data.cast("B") if array.size else b"")
         return digest.intdigest()
 

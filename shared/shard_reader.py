@@ -1,4 +1,4 @@
-"""Map a shard and view its packs without copying or decoding.
+"""Map a shard and view its packs without copying or decoding; frames are decoded where pixels are asked for.
 
     footer (ordinary Parquet metadata) -> where each column chunk lies
     chunk of k values: [page header][value 0][value 1]..        fixed width: 4*S bytes each
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared.codecs import ImageDecoder
 from shared.errors import UserError
 from shared.page_header import DATA_PAGE, PLAIN, read_page_header
 from shared.schema import (
@@ -56,16 +57,17 @@ class ShardReader:
 
     Args:
         path: the Parquet file.
-        values_per_patch: P; the blob of a pack is viewed as uint8 [valid patches, P].
+        values_per_patch: P; the blob of a pack is viewed as uint8 [valid patches, P] where it is not encoded.
+        decoder: decodes the frames of codecs other than raw; the packs carry it, nothing is decoded here.
 
     Raises:
         UserError: the file is not a shard of this format version, or its layout cannot be mapped; the
             message says which column and why.
     """
 
-    def __init__(self, path: Path, values_per_patch: int) -> None:
+    def __init__(self, path: Path, values_per_patch: int, decoder: ImageDecoder | None = None) -> None:
         self.path = path
-        self._values_per_patch = values_per_patch
+        self._values_per_patch, self._decoder = values_per_patch, decoder
         self._metadata = _read_footer(path)
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -101,9 +103,11 @@ class ShardReader:
             tokens_S=tokens,
             labels_S=labels,
             positions_S=positions,
-            patches_XP=blob.reshape(-1, self._values_per_patch),
+            stored=blob.reshape(-1, self._values_per_patch) if self._decoder is None else blob,
             images=self.images(row),
             cost=int(index.costs[row]),
+            decoder=self._decoder,
+            origin=f"shard {self.path}: pack {row}",
         )
 
     def byte_ranges(self, row: int) -> dict[str, range]:
@@ -140,7 +144,7 @@ class ShardReader:
         image_offsets -= image_offsets[0] if len(image_offsets) else 0
         ends = np.concatenate([[0], np.cumsum(images["nbytes"])])
         blob_bytes = ends[image_offsets[1:]] - ends[image_offsets[:-1]]
-        if np.any(blob_bytes % self._values_per_patch):
+        if self._decoder is None and np.any(blob_bytes % self._values_per_patch):
             raise UserError(
                 f"shard {self.path}: a patch blob is not a whole number of patches of "
                 f"P = {self._values_per_patch} values; the data set's geometry is not this shard's"

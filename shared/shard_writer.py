@@ -15,12 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared.errors import UserError
 from shared.schema import IMAGE_DTYPE, MAPPED_COLUMNS, TOKEN_COLUMNS, Document, Pack, shard_schema
 
 # About 64 MiB of payload per row group: large enough for one sequential read, small enough to buffer.
 ROW_GROUP_BYTES = 64 << 20
 # Below pyarrow's limit of 20,000 rows per page, whatever the bytes.
 ROW_GROUP_PACKS = 16_384
+# A value's length is an int32.
+MAX_BLOB_BYTES = 1 << 31
 # A page header counts bytes as int32; a row group stays far below unless one pack alone is larger.
 PAGE_BYTES = 1 << 30
 
@@ -30,6 +33,7 @@ class ShardWriter:
 
     Raises:
         ValueError: a pack does not have S tokens, or its arrays are not int32 / uint8 and contiguous.
+        UserError: a pack's patches are more than one Parquet value holds.
     """
 
     def __init__(self, path: Path, num_tokens_per_pack: int, fingerprint: str) -> None:
@@ -60,16 +64,21 @@ class ShardWriter:
                     f"pack {self.num_packs}: {name} is {array.dtype}{list(array.shape)}, "
                     f"expected int32[{self._num_tokens_per_pack}]"
                 )
-        if pack.patches_XP.dtype != np.uint8 or not pack.patches_XP.flags.c_contiguous:
+        if pack.stored.dtype != np.uint8 or not pack.stored.flags.c_contiguous:
             raise ValueError(f"pack {self.num_packs}: patches must be contiguous uint8")
-        if int(pack.images["nbytes"].sum()) != pack.patches_XP.nbytes:
+        if int(pack.images["nbytes"].sum()) != pack.stored.nbytes:
             raise ValueError(
                 f"pack {self.num_packs}: images claim {int(pack.images['nbytes'].sum())} bytes, "
-                f"the patch blob has {pack.patches_XP.nbytes}"
+                f"the patch blob has {pack.stored.nbytes}"
+            )
+        if pack.stored.nbytes >= MAX_BLOB_BYTES:  # noise may grow by a little where it is compressed
+            raise UserError(
+                f"pack {self.num_packs}: its patches take {pack.stored.nbytes} bytes, a Parquet value holds less "
+                f"than {MAX_BLOB_BYTES}; lower budget.N or budget.L"
             )
         self._packs.append(pack)
         self._documents.append(documents)
-        self._bytes += 12 * self._num_tokens_per_pack + pack.patches_XP.nbytes
+        self._bytes += 12 * self._num_tokens_per_pack + pack.stored.nbytes
         self.num_packs += 1
         if self._bytes >= ROW_GROUP_BYTES or len(self._packs) >= ROW_GROUP_PACKS:
             self._flush()
@@ -83,7 +92,7 @@ class ShardWriter:
             return
         columns = [_fixed_column([getattr(p, f"{name}_S") for p in self._packs]) for name in TOKEN_COLUMNS]
         columns += [
-            _binary_column([p.patches_XP for p in self._packs]),
+            _binary_column([p.stored for p in self._packs]),
             _images_column(self._packs, self._schema.field("images").type),
             _documents_column(self._documents, self._schema.field("documents").type),
             pa.array([p.cost for p in self._packs], pa.int64()),

@@ -65,6 +65,8 @@ class RunConfig:
     """Run directory: config.toml, run.json, metrics.jsonl, tensorboard/, checkpoints/."""
     steps: int
     seed: int = 0
+    decode_threads: int = 2
+    """Threads per rank that decode patches ahead of the step; unused with codec raw (benchmarks/codecs.py)."""
     device: Literal["cpu", "cuda"] = "cuda"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the model computes in. Weights, reductions, softmax and loss are float32 either way."""
@@ -79,7 +81,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "steps")
+        require_at_least(self, 1, "steps", "decode_threads")
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.schedule.warmup_steps} leaves nothing of {self.steps} steps "

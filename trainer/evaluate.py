@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shared.codecs import store_patches
 from shared.dataset import DataSet, open_dataset
 from shared.errors import UserError
 from shared.geometry import Geometry, patchify, unpatchify
@@ -160,14 +161,15 @@ def with_pictures(pack: Pack, packs: Sequence[Pack], donors: Sequence[Donor], ge
         _fitted_patches(packs[donor.pack], donor.image, pack.images[place], geometry)
         for place, donor in enumerate(donors)
     ]
-    return dataclasses.replace(pack, patches_XP=np.concatenate(blobs) if blobs else pack.patches_XP)
+    patches_XP = np.concatenate([np.empty((0, geometry.values_per_patch), np.uint8), *blobs])
+    images = pack.images.copy()
+    stored = store_patches(patches_XP, images, encode=None)
+    return dataclasses.replace(pack, stored=stored, images=images, decoder=None)
 
 
 def _fitted_patches(donor: Pack, image: int, slot: np.void, geometry: Geometry) -> npt.NDArray[np.uint8]:
     """The donor's picture as patches of the slot's grid, uint8 [t*h*w, P]; frames repeat if there are fewer."""
-    counts = donor.images["nbytes"] // geometry.values_per_patch
-    first = int(counts[:image].sum())
-    patches_XP = donor.patches_XP[first : first + int(counts[image])]
+    patches_XP = donor.read_image(image)
     size, wanted = ([int(entry[name]) for name in ("t", "h", "w")] for entry in (donor.images[image], slot))
     if size == wanted:
         return patches_XP

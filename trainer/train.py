@@ -123,6 +123,7 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
         dp_size=world.dp_size,
         device=world.device,
         start_step=start_step,
+        decode_threads=config.decode_threads,
     )
     return Run(
         model=model,

@@ -41,6 +41,7 @@ def test_batches_on_the_device_equal_those_on_the_host(tmp_path: Path) -> None:
             dp_size=1,
             device=torch.device(device),
             start_step=0,
+            decode_threads=2,
         )
         steps[device] = [step.microbatches[0] for step in itertools.islice(loader, 20)]
         loader.close()

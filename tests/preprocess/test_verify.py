@@ -216,7 +216,7 @@ def spoil_first_pack(dataset: Path, spoil: Spoil) -> list[str]:
 
 
 def copy_of(pack: Pack) -> Pack:
-    arrays = ("tokens_S", "labels_S", "positions_S", "patches_XP", "images")
+    arrays = ("tokens_S", "labels_S", "positions_S", "stored", "images")
     return replace(pack, **{name: getattr(pack, name).copy() for name in arrays})
 
 

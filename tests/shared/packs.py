@@ -71,7 +71,7 @@ def write_dataset(directory: Path, shards: Sequence[tuple[str, Sequence[PackRow]
 
 def assert_same_pack(found: Pack, expected: Pack) -> None:
     """Bit-equal, type and shape included."""
-    for name in ("tokens_S", "labels_S", "positions_S", "patches_XP", "images"):
+    for name in ("tokens_S", "labels_S", "positions_S", "stored", "images"):
         here, there = getattr(found, name), getattr(expected, name)
         assert here.dtype == there.dtype and here.shape == there.shape, name
         assert here.tobytes() == there.tobytes(), name

@@ -30,7 +30,7 @@ FAITHFUL: dict[str, Any] = {
     "data_page_version": "1.0",
     "write_page_checksum": True,
 }
-VIEWS = {"tokens": "tokens_S", "labels": "labels_S", "positions": "positions_S", "patches": "patches_XP"}
+VIEWS = {"tokens": "tokens_S", "labels": "labels_S", "positions": "positions_S", "patches": "stored"}
 
 
 @pytest.fixture
@@ -378,10 +378,10 @@ def test_a_flipped_bit_in_a_small_column_is_found_when_the_shard_is_opened(shard
             r"tokens is int32\[7\], expected int32\[8\]",
         ),
         (lambda pack: replace(pack, labels_S=pack.labels_S.astype(np.int64)), r"labels is int64\[8\]"),
-        (lambda pack: replace(pack, patches_XP=pack.patches_XP[:, ::2]), "contiguous uint8"),
-        (lambda pack: replace(pack, patches_XP=pack.patches_XP.astype(np.int8)), "contiguous uint8"),
+        (lambda pack: replace(pack, stored=pack.stored[:, ::2]), "contiguous uint8"),
+        (lambda pack: replace(pack, stored=pack.stored.astype(np.int8)), "contiguous uint8"),
         (
-            lambda pack: replace(pack, patches_XP=pack.patches_XP[:-1]),
+            lambda pack: replace(pack, stored=pack.stored[:-1]),
             "images claim 96 bytes, the patch blob has 84",
         ),
     ],

@@ -47,7 +47,7 @@ def make_pack(documents: Sequence[batches.Document], budget: Budget) -> tuple[Pa
         tokens_S=batch.tokens_BS[0].numpy(),
         labels_S=batch.labels_BS[0].numpy(),
         positions_S=positions_S,
-        patches_XP=batch.pixel_values_NLP.numpy()[ids_NL >= 0],
+        stored=batch.pixel_values_NLP.numpy()[ids_NL >= 0],
         images=images,
         cost=1000 + 10 * len(images),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,15 +78,7 @@ def test_a_picture_of_one_colour_keeps_it_when_it_is_resized(tmp_path: Path) -> 
     dataset = dataset_of(tmp_path, PACKS)
     packs = [dataset.pack("validation", number) for number in range(3)]
     colour = np.tile(np.array([10, 200, 60], np.uint8), GEOMETRY.values_per_patch // 3)
-    blue = type(packs[2])(
-        **{
-            **{
-                name: getattr(packs[2], name)
-                for name in ("tokens_S", "labels_S", "positions_S", "images", "cost")
-            },
-            "patches_XP": np.broadcast_to(colour, packs[2].patches_XP.shape),
-        }
-    )
+    blue = replace(packs[2], stored=np.tile(colour, (len(packs[2].patches_XP), 1)))
     donors = deal_wrong_pictures(dataset, "validation", packs)
     assert donors is not None
     changed = with_pictures(packs[1], [packs[0], packs[1], blue], donors[1], GEOMETRY)

@@ -32,7 +32,14 @@ def dataset_path(tmp_path: Path) -> Path:
 
 def new_loader(path: Path, *, device: str = "cpu", **settings: int) -> Loader:
     """Steps from 0 on for one rank, `settings` on top."""
-    defaults = {"seed": 0, "packs_per_microbatch": 1, "accumulation": 1, "dp_rank": 0, "dp_size": 1}
+    defaults = {
+        "seed": 0,
+        "packs_per_microbatch": 1,
+        "accumulation": 1,
+        "dp_rank": 0,
+        "dp_size": 1,
+        "decode_threads": 2,
+    }
     merged: dict[str, Any] = {**defaults, "start_step": 0, **settings}
     return Loader(open_dataset(path), split="train", device=torch.device(device), **merged)
 

@@ -1,13 +1,15 @@
 """Packs -> one microbatch of static shapes. One copy: from the mapped file into (pinned) memory.
 
-Pack.patches_XP  [valid patches, P], rows in order  ->  pixel_values_NLP [B*N, L, P], zeros behind each row
-Pack.images      place of each image                ->  grid, image ids and sizes per patch
-                                                    ->  visual_index_BS: which visual token goes where
+Pack.stored  [valid patches, P], rows in order  ->  pixel_values_NLP [B*N, L, P], zeros behind each row
+             or one frame per image             ->  the same, each frame decoded into its place
+Pack.images  place of each image                ->  grid, image ids and sizes per patch
+                                                ->  visual_index_BS: which visual token goes where
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -56,8 +58,15 @@ def assemble_batch(
     merge: int,
     pad_token: int,
     pin_memory: bool = False,
+    decode_pool: Executor | None = None,
 ) -> Batch:
-    """Batch in host memory; packs missing to `packs_per_microbatch` are padding without labels."""
+    """Batch in host memory; packs missing to `packs_per_microbatch` are padding without labels.
+
+    Frames of codecs other than raw are decoded by the threads of `decode_pool`, or here without one.
+
+    Raises:
+        UserError: a frame is damaged.
+    """
     B, S, N, L, P = packs_per_microbatch, budget.S, budget.N, budget.L, values_per_patch
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -73,17 +82,23 @@ def assemble_batch(
         image_ids_NL=empty(B * N, L).fill_(-1),
         image_sizes_NL2=empty(B * N, L, 2).fill_(-1),
     )
+    decodes: list[Future[None]] = []
     for b in range(B):
         if b < len(packs):
+            pixels_NLP = batch.pixel_values_NLP[b * N : (b + 1) * N].numpy()
+            if packs[b].decoder is None:
+                _copy_pixels(pixels_NLP, packs[b])
+            else:
+                decodes += _decode_pixels(pixels_NLP, packs[b], decode_pool)
             _fill_text(batch, b, packs[b])
-            rows = slice(b * N, (b + 1) * N)
-            _fill_pixels(batch.pixel_values_NLP[rows].numpy(), packs[b])
             _fill_places(batch, b, packs[b].images, budget, merge)
         else:
             batch.tokens_BS[b] = pad_token
             batch.labels_BS[b] = IGNORE_LABEL
             batch.positions_BS[b] = torch.arange(S, dtype=torch.int32)
             batch.pixel_values_NLP[b * N : (b + 1) * N] = 0
+    for decode in decodes:
+        decode.result()
     return batch
 
 
@@ -99,15 +114,36 @@ def _fill_text(batch: Batch, b: int, pack: Pack) -> None:
     batch.positions_BS[b].numpy()[...] = pack.positions_S
 
 
-def _fill_pixels(pixels_NLP: npt.NDArray[np.uint8], pack: Pack) -> None:
+def _copy_pixels(pixels_NLP: npt.NDArray[np.uint8], pack: Pack) -> None:
     """Each vision row is one run of the blob: one copy per row, and zeros behind it."""
-    patches = pack.images["nbytes"] // pixels_NLP.shape[-1]
-    used_N = np.bincount(pack.images["row"], weights=patches, minlength=len(pixels_NLP)).astype(np.int64)
     begin = 0
-    for row_LP, used in zip(pixels_NLP, used_N.tolist(), strict=True):
-        row_LP[:used] = pack.patches_XP[begin : begin + used]
+    for row_LP, used in zip(pixels_NLP, _used_patches(pack, len(pixels_NLP)), strict=True):
+        row_LP[:used] = pack.stored[begin : begin + used]
         row_LP[used:] = 0
         begin += used
+
+
+def _decode_pixels(
+    pixels_NLP: npt.NDArray[np.uint8], pack: Pack, pool: Executor | None
+) -> list[Future[None]]:
+    """Each image is decoded into its place; what a pool has still to do is returned."""
+    for row_LP, used in zip(pixels_NLP, _used_patches(pack, len(pixels_NLP)), strict=True):
+        row_LP[used:] = 0
+    places = zip(
+        pack.images["row"].tolist(), pack.images["offset"].tolist(), pack.patches_i.tolist(), strict=True
+    )
+    outs = [pixels_NLP[row, offset : offset + patches] for row, offset, patches in places]
+    if pool is not None:
+        return [pool.submit(pack.decode_image, image, out) for image, out in enumerate(outs)]
+    for image, out in enumerate(outs):
+        pack.decode_image(image, out)
+    return []
+
+
+def _used_patches(pack: Pack, num_rows: int) -> list[int]:
+    """Patches in each vision row."""
+    used_N = np.bincount(pack.images["row"], weights=pack.patches_i, minlength=num_rows)
+    return used_N.astype(np.int64).tolist()
 
 
 def _fill_places(batch: Batch, b: int, images: npt.NDArray[np.void], budget: Budget, merge: int) -> None:

@@ -1,8 +1,10 @@
 """The loader: one process, no workers. A thread stays a few steps ahead of training.
 
     order -> deal -> map -> assemble into pinned memory -> copy to the device -> queue -> train step
+                            ^ codecs zstd, jpeg: a few threads decode each image into its place there
 
-There is nothing to decode, so one thread suffices; numpy's large copies release the interpreter lock.
+With codec raw there is nothing to decode, and one thread suffices; numpy's large copies, and the decoders,
+release the interpreter lock.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import torch
@@ -53,6 +56,7 @@ class Loader:
         dp_size: int,
         device: torch.device,
         start_step: int,
+        decode_threads: int,
     ) -> None:
         self._dataset, self._split, self._seed = dataset, split, seed
         self._packs_per_microbatch, self._accumulation = packs_per_microbatch, accumulation
@@ -62,6 +66,8 @@ class Loader:
         self._ready: queue.Queue[tuple[Step, torch.cuda.Event | None] | BaseException] = queue.Queue(
             STEPS_AHEAD
         )
+        # None with codec raw: the threads would have nothing to do.
+        self._decoders = None if dataset.codec == "raw" else ThreadPoolExecutor(decode_threads, "decode")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(start_step,), daemon=True, name="loader")
         self._thread.start()
@@ -100,6 +106,8 @@ class Loader:
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.01)
+        if self._decoders is not None:
+            self._decoders.shutdown(cancel_futures=True)
 
     def _produce(self, step: int) -> None:
         try:
@@ -133,10 +141,11 @@ class Loader:
                 merge=self._dataset.geometry.merge,
                 pad_token=self._dataset.tokens.pad,
                 pin_memory=self._copies is not None,
+                decode_pool=self._decoders,
             )
             labels += int((batch.labels_BS >= 0).sum())
             tokens += sum(used_tokens(pack, self._dataset.tokens.pad) for pack in packs)
-            patches += sum(len(pack.patches_XP) for pack in packs)
+            patches += sum(pack.num_patches for pack in packs)
             batches.append(batch)
         if self._copies is None:
             return Step(index, batches, labels, tokens, patches, wait_s=0.0), None
