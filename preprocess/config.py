@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -66,7 +67,7 @@ class ImageConfig:
 class PlanConfig:
     """How samples are grouped into packs and packs into shards."""
 
-    # Pieces packed together: larger windows fill better, smaller ones bound memory.
+    # Pieces packed together, at most about: larger windows fill better, smaller ones bound memory.
     window: int = 65_536
     # Payload per shard. 512 MiB is read in one second from one NVMe drive and is cheap to write again.
     shard_bytes: int = 512 << 20
@@ -74,9 +75,15 @@ class PlanConfig:
     validation_fraction: float = 0.0
     # 1: the layout of one image per vision row. 0: as many as fit.
     images_per_row: int = 0
+    # Samples with the same texts and pictures as an earlier one, over all sources: told, left out, or not looked for.
+    duplicates: Literal["count", "drop", "ignore"] = "count"
+    # Where sources have weights: how often the samples of the least repeated one are used. Below 1 it is subsampled.
+    least_repeat: float = 1.0
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "window", "shard_bytes")
+        if not 0 < self.least_repeat < math.inf:
+            raise ValueError(f"least_repeat must be above 0, got {self.least_repeat}")
         require_at_least(self, 0, "images_per_row")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}")
@@ -158,6 +165,8 @@ class PreprocessConfig:
             raise ValueError(f"retries must be at least 0, got {self.retries}")
         if not self.sources:
             raise ValueError("no source; add a table [sources.NAME] with its paths")
+        if self.plan.least_repeat != 1 and not any(source.weight for source in self.sources.values()):
+            raise ValueError("plan.least_repeat is set, but no source has a weight; set repeat of the sources instead")
         if self.geometry.max_patches_per_image > self.budget.L:
             raise ValueError(
                 f"geometry.max_patches_per_image {self.geometry.max_patches_per_image} is above budget.L "

@@ -35,13 +35,14 @@ def scan_identity(
     """Everything that the index depends on."""
     settings = to_dict(config)
     # Ceilings stop a job and rules cut samples later: neither changes what the scan writes.
-    later = ("max_reject_rate", "too_long")
+    later = ("max_reject_rate", "too_long", "repeat", "weight")
     return {
         **{key: settings[key] for key in ("geometry", "tokens", "limits")},
         "sources": {
             name: {key: value for key, value in source.items() if key not in later}
             for name, source in settings["sources"].items()
         },
+        "hash_content": config.plan.duplicates != "ignore",
         "tokenizer_sha256": tokenizer_sha256,
         "inputs": [[unit.source, unit.unit, *file_state(unit.unit)] for unit in units],
         "made_by": made_by(),
@@ -65,7 +66,7 @@ def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, A
     return {
         "scan": scan,
         "rules": {
-            name: {key: source[key] for key in ("too_long", "bad_media")}
+            name: {key: source[key] for key in ("too_long", "bad_media", "repeat", "weight")}
             for name, source in settings["sources"].items()
         },
         **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec", "images")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,18 @@ class SourceConfig:
     # The job stops when more than this share of a source's samples is rejected or loses a part,
     # or more than this share of its pictures is dropped.
     max_reject_rate: float = 0.05
+    # How often each training sample is used: 2.0 twice, 0.5 every second one.
+    repeat: float = 1.0
+    # Instead of `repeat`: the source's share of the decoder tokens among all sources that have a weight.
+    weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty; name at least one file")
+        if not 0 < self.repeat < math.inf or not 0 <= self.weight < math.inf:
+            raise ValueError(f"repeat must be above 0 and weight not below, got {self.repeat} and {self.weight}")
+        if self.weight and self.repeat != 1:
+            raise ValueError(f"weight {self.weight} and repeat {self.repeat} are two answers to one question; set one")
         if not 0 <= self.max_reject_rate <= 1:
             raise ValueError(f"max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
 
