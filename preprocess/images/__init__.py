@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from preprocess.config import ImageConfig, ImageLimits
 from preprocess.images.colour import has_alpha, profile_of, to_srgb
-from preprocess.images.decode import decode as _decode
+from preprocess.images.decode import decode_pixels
 from preprocess.images.errors import ImageError, reject_as
 from preprocess.images.header import Header, open_picture, read_header
 from preprocess.images.resize import resize
@@ -58,7 +58,7 @@ def load_image(
     h, w = grid[::-1] if turned else grid
     profile = profile_of(picture) if config.convert_profiles else None
     stored = (h * geometry.patch_size, w * geometry.patch_size)
-    pixels_hwc, scale = _decode(
+    pixels_hwc, scale = decode_pixels(
         picture,
         data,
         target=stored if config.dct_scaling else None,

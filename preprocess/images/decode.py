@@ -26,7 +26,7 @@ MARGIN = 1.5
 _SCALES = (8, 4, 2)
 
 
-def decode(
+def decode_pixels(
     picture: Image.Image,
     data: bytes | memoryview,
     *,
