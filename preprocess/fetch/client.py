@@ -2,8 +2,8 @@
 
     slots (per host, in all) -> address checked -> request -> headers checked -> bytes counted, seen, unpacked
 
-At most `connections` requests are under way, and no connection is kept open that nobody waits for, so that this
-is also the number of open sockets. A body beyond 1 MiB waits on disk: memory is at most about 1 MiB per
+At most `connections` requests are under way, and a connection is kept open only while others wait for its host, so
+that this is also about the number of open sockets. A body beyond 1 MiB waits on disk: memory is at most about 1 MiB per
 connection, whatever the servers send. No cookies, no proxies (an address behind a proxy cannot be checked), no
 redirect that is not checked like the first URL.
 """
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import aiohttp
 from yarl import URL
@@ -68,6 +68,15 @@ class Failure:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """One that keeps its connections for a moment, and one that closes each: asked to close, not all servers say so,
+    and a kept connection that the server has closed costs a try."""
+
+    keeping: aiohttp.ClientSession
+    closing: aiohttp.ClientSession
+
+
 class _Host:
     """What fetches from one host share."""
 
@@ -81,10 +90,8 @@ class _Host:
 class Client:
     """Fetches URLs under one policy; made by `open_client`."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, policy: Policy, http: HttpConfig, directory: Path
-    ) -> None:
-        self._session, self._policy, self._http, self._directory = session, policy, http, directory
+    def __init__(self, sessions: Sessions, policy: Policy, http: HttpConfig, directory: Path) -> None:
+        self._sessions, self._policy, self._http, self._directory = sessions, policy, http, directory
         self._connections = asyncio.Semaphore(http.connections)
         self._begun = asyncio.Semaphore(http.connections * (1 + WAITING_PER_CONNECTION))
         self._hosts: dict[str, _Host] = {}
@@ -149,9 +156,8 @@ class Client:
     async def _request(self, url: URL) -> AsyncGenerator[aiohttp.ClientResponse]:
         with self._host(url) as host, _reasons():
             async with self._slot(host):
-                # Kept open only while others wait for the same host.
-                headers = {} if host.waiting else {"Connection": "close"}
-                async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                session = self._sessions.keeping if host.waiting else self._sessions.closing
+                async with session.get(url, allow_redirects=False) as response:
                     try:
                         yield response
                     except FetchError as error:
@@ -287,21 +293,28 @@ async def open_client(policy: Policy, http: HttpConfig, directory: Path) -> Asyn
     """A client for the running event loop; large bodies wait in unnamed files in `directory`."""
     resolvers = ThreadPoolExecutor(min(http.connections, MAX_RESOLVERS), thread_name_prefix="resolve")
     asyncio.get_running_loop().set_default_executor(resolvers)
+    keeping = _open_session(policy, http, keepalive_timeout=2)
+    closing = _open_session(policy, http, force_close=True)
+    closing.headers["Connection"] = "close"
+    async with keeping, closing:
+        yield Client(Sessions(keeping, closing), policy, http, directory)
+
+
+def _open_session(policy: Policy, http: HttpConfig, **connections: Any) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(
         limit=0,  # our slots are the limit: time spent waiting for one is no time-out
         ttl_dns_cache=300,
-        keepalive_timeout=2,
         socket_factory=guarded_sockets(policy.allow_addresses),
+        **connections,
     )
     timeout = aiohttp.ClientTimeout(
         total=http.total_timeout_s, connect=http.connect_timeout_s, sock_read=http.read_timeout_s
     )
-    async with aiohttp.ClientSession(
+    return aiohttp.ClientSession(
         connector=connector,
         timeout=timeout,
         headers={"User-Agent": http.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         trust_env=False,
-    ) as session:
-        yield Client(session, policy, http, directory)
+    )
