@@ -3,7 +3,8 @@
     python benchmarks/images.py ../shared/data/cc12m/cc12m-train-0000.tar --tokenizer ../shared/data/tokenizer-bpe8k
 
 Baseline, rebuilt from its description: Pillow decode, Pillow bicubic resize, normalization in float64, einops
-patches, zero padding to the cap; it keeps its rows, this pipeline also writes them. Both tokenize the captions
+patches, coordinates of every patch, zero padding to the cap, batches of 10 pictures; it keeps them in memory, this
+pipeline also writes its rows. Both tokenize the captions
 and resize to the same grid. Beside them the bound, libjpeg-turbo's full decode and the resize and nothing else,
 and how near `load_image` alone comes to it. All run in turn, round by round, so that ratios hold when the machine's
 speed drifts; seconds are of processor time, so that they hold beside other work.
@@ -43,6 +44,7 @@ from shared.tokens import TextTokenizer, load_tokenizer
 
 LIMITS, CONFIG = ImageLimits(), ImageConfig()
 CAPS = [(1, 256), (2, 1024)]  # merge, cap
+BASELINE_BATCH = 10  # pictures per batch, its default
 MARGINS = (1.0, 1.25, 1.5, 2.0)
 
 
@@ -153,8 +155,10 @@ def measure(
 
     def theirs() -> None:
         tokenizer.encode([p.caption for p in pictures])
-        for p, (h, w) in zip(pictures, grids, strict=True):
-            baseline_patches(p.data, h, w, geometry)
+        rows = [baseline_patches(p.data, h, w, geometry) for p, (h, w) in zip(pictures, grids, strict=True)]
+        for start in range(0, len(rows), BASELINE_BATCH):
+            patches, coordinates = zip(*rows[start : start + BASELINE_BATCH], strict=True)
+            torch.stack(patches), torch.stack(coordinates)
 
     def bound() -> None:
         for p, (h, w) in zip(pictures, grids, strict=True):
@@ -224,14 +228,17 @@ def load_one(
     return load_image(p.data, size=size, grid=grid, geometry=geometry, limits=LIMITS, config=config)
 
 
-def baseline_patches(data: bytes, h: int, w: int, geometry: Geometry) -> None:
-    p = geometry.patch_size
+def baseline_patches(data: bytes, h: int, w: int, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [cap, P] and the coordinates of every patch, int64 [cap, 3], -1 where there is padding."""
+    p, cap = geometry.patch_size, geometry.max_patches_per_image
     picture = Image.open(io.BytesIO(data)).convert("RGB").resize((w * p, h * p))  # Pillow's default: bicubic
-    pixels = (np.asarray(picture) / 255.0 - np.array(geometry.mean)) / np.array(geometry.std)
-    tensor = torch.from_numpy(pixels).float()
-    patches = rearrange(tensor, "(h ph) (w pw) c -> (h w) (ph pw c)", ph=p, pw=p)
-    out = torch.zeros(geometry.max_patches_per_image, geometry.values_per_patch)
-    out[: len(patches)] = patches
+    pixels = (np.array(picture) / 255.0 - np.array(geometry.mean)) / np.array(geometry.std)
+    patches = rearrange(torch.from_numpy(pixels).float(), "(h ph) (w pw) c -> (h w) (ph pw c)", ph=p, pw=p)
+    grid = torch.stack(torch.meshgrid(torch.arange(1), torch.arange(h), torch.arange(w), indexing="ij"))
+    grid = rearrange(grid, "coords t h w -> (t h w) coords")
+    missing = cap - len(patches)
+    patches = torch.cat([patches, torch.zeros(missing, patches.shape[1])])
+    return patches, torch.cat([grid, torch.full((missing, 3), -1)])
 
 
 def scaling_error(groups: Sequence[Sequence[Picture]], margin: float) -> dict[str, Any]:
