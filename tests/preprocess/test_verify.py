@@ -14,7 +14,8 @@ import pytest
 from preprocess.config import PlanConfig
 from preprocess.job import run_job
 from preprocess.verify import verify_dataset
-from shared.dataset import open_dataset
+from shared.codecs import image_encoder, store_patches
+from shared.dataset import describe_contract, fingerprint_of, open_dataset
 from shared.errors import UserError
 from shared.files import file_checksum, read_json, write_json
 from shared.schema import Document, Pack
@@ -364,3 +365,57 @@ def test_documents_that_do_not_lie_one_after_another_are_found(
 
     found = spoil_first_pack(dataset, spoil)
     assert found == ["documents do not lie one after another within S = 64"]
+
+
+# Codecs
+
+
+def recode(directory: Path, codec: str) -> None:
+    """The same data set with its patches stored by another codec."""
+    opened = open_dataset(directory)
+    contract = describe_contract(opened.budget, opened.geometry, opened.tokens, codec)
+    encode = image_encoder(codec, opened.geometry, jpeg_quality=95, zstd_level=1)
+    entries = read_json(directory / "dataset.json")["shards"]
+    for shard, entry in zip(opened.shards, entries, strict=True):
+        reader = opened.reader(shard)
+        path = directory / "shards" / shard.name
+        writer = ShardWriter(path.with_suffix(".new"), opened.budget.S, fingerprint_of(contract))
+        for row in range(len(reader)):
+            pack = copy_of(reader.pack(row))
+            stored = store_patches(pack.stored, pack.images, encode)
+            writer.append(replace(pack, stored=stored), reader.documents(row))
+        writer.close()
+        path.with_suffix(".new").rename(path)
+        entry.update(bytes=path.stat().st_size, checksum=file_checksum(path))
+    edit_manifest(
+        directory,
+        lambda m: m.update(contract, fingerprint=fingerprint_of(contract), shards=entries),
+    )
+    edit_manifest(directory, lambda m: m["totals"].update(bytes=sum(entry["bytes"] for entry in entries)))
+
+
+@pytest.mark.parametrize("codec", ["zstd", "jpeg"])
+def test_a_data_set_of_frames_is_proven_down_to_its_pixels(dataset: Path, codec: str) -> None:
+    recode(dataset, codec)
+    assert faults(dataset) == []
+    shard = open_dataset(dataset).shards[0]
+    reader = open_dataset(dataset).reader(shard)
+    row = next(row for row in range(len(reader)) if len(reader.images(row)) > 1)
+    data = bytearray(shards(dataset)[0].read_bytes())
+    data[reader.byte_ranges(row)["patches"].stop - 2] ^= 1
+    shards(dataset)[0].write_bytes(data)
+    found = [fault for fault in faults(dataset) if f"pack {row}: " in fault]
+    assert found[0].startswith(f"{shard.name}: pack {row}: checksum is ")
+    last = len(reader.images(row)) - 1
+    assert found[1].startswith(f"{shard.name}: pack {row}: image {last} is damaged: ")
+    assert len(found) == 2
+
+
+def test_a_frame_that_does_not_decode_is_found_although_every_other_checksum_is_right(dataset: Path) -> None:
+    recode(dataset, "zstd")
+
+    def flip(pack: Pack, documents: list[Document]) -> None:
+        pack.stored[int(pack.images["nbytes"][0]) - 1] ^= 1
+
+    (found,) = spoil_first_pack(dataset, flip)
+    assert found.startswith("image 0 is damaged: ")

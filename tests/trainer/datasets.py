@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from shared.codecs import image_encoder, store_patches
 from shared.dataset import describe_contract, fingerprint_of
 from shared.files import write_json
 from shared.geometry import Budget, Geometry
@@ -63,15 +65,19 @@ def write_dataset(
     *,
     geometry: Geometry = GEOMETRY,
     tokens: TokenIds = TOKENS,
+    codec: str = "raw",
 ) -> Path:
-    contract = describe_contract(budget, geometry, tokens, "raw")
+    contract = describe_contract(budget, geometry, tokens, codec)
+    encode = image_encoder(codec, geometry, jpeg_quality=95, zstd_level=1)
     (path / "shards").mkdir(parents=True)
     shards = []
     for split, packs in splits.items():
         name = f"{split}-00000.parquet"
         writer = ShardWriter(path / "shards" / name, budget.S, fingerprint_of(contract))
         for documents in packs:
-            writer.append(*make_pack(documents, budget))
+            pack, entries = make_pack(documents, budget)
+            stored = store_patches(pack.stored, pack.images, encode)
+            writer.append(replace(pack, stored=stored), entries)
         writer.close()
         shards.append({"name": name, "split": split, "packs": len(packs), "bytes": 0, "checksum": ""})
     write_json(path / "dataset.json", {**contract, "fingerprint": fingerprint_of(contract), "shards": shards})

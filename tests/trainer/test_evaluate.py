@@ -30,8 +30,8 @@ PACKS: list[list[Document]] = [
 WORLD = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
 
 
-def dataset_of(tmp_path: Path, packs: list[list[Document]]) -> DataSet:
-    return open_dataset(write_dataset(tmp_path / "data", {"validation": packs}, BUDGET))
+def dataset_of(tmp_path: Path, packs: list[list[Document]], codec: str = "raw") -> DataSet:
+    return open_dataset(write_dataset(tmp_path / f"data-{codec}", {"validation": packs}, BUDGET, codec=codec))
 
 
 def new_model() -> VisionLanguageModel:
@@ -151,3 +151,11 @@ def test_evaluation_leaves_the_training_mode_as_it_was(tmp_path: Path) -> None:
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'test' to evaluate on \(it has validation\)"):
         evaluate_model(new_model(), dataset_of(tmp_path, PACKS), EvalConfig(split="test"), WORLD)
+
+
+def test_a_data_set_of_zstd_gives_the_values_of_raw(tmp_path: Path) -> None:
+    model, config = new_model(), EvalConfig(packs=8, packs_per_microbatch=2)
+    raw, zstd = (
+        evaluate_model(model, dataset_of(tmp_path, PACKS, codec), config, WORLD) for codec in ("raw", "zstd")
+    )
+    assert raw == zstd and raw["vision_gain"] is not None

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +19,9 @@ from shared.errors import UserError
 from shared.geometry import Budget
 from tests.trainer.batches import Document, Picture
 from tests.trainer.datasets import write_dataset
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, assemble_batch
 from trainer.data.loader import STEPS_AHEAD, Loader, Step
+from trainer.data.order import deal_packs, packs_of_step
 
 BUDGET = Budget(S=16, N=1, L=16)
 PACKS: list[list[Document]] = [[[Picture(2, 2, seed=n), 10 + n], [20 + n]] for n in range(10)]
@@ -45,7 +47,14 @@ def new_loader(path: Path, *, device: str = "cpu", **settings: int) -> Loader:
 
 
 def load(
-    path: Path, count: int, *, start: int = 0, rank: int = 0, ranks: int = 1, accumulation: int = 1
+    path: Path,
+    count: int,
+    *,
+    start: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    accumulation: int = 1,
+    decode_threads: int = 2,
 ) -> list[Step]:
     loader = new_loader(
         path,
@@ -55,6 +64,7 @@ def load(
         dp_rank=rank,
         dp_size=ranks,
         start_step=start,
+        decode_threads=decode_threads,
     )
     try:
         return list(itertools.islice(loader, count))
@@ -159,3 +169,87 @@ def test_closing_ends_the_thread_even_when_nobody_takes_its_steps(dataset_path: 
     loader = new_loader(dataset_path)
     loader.close()
     assert not loader._thread.is_alive()
+
+
+# Codecs
+
+PICTURES: list[list[Document]] = [
+    [[Picture(2, 4, seed=n), 10 + n, Picture(2, 2, t=2, seed=n)], [Picture(4, 2, seed=30 + n), 20 + n]]
+    for n in range(10)
+]
+WIDE = Budget(S=24, N=2, L=16)
+ALONE: dict[str, Any] = {"dp_size": 1, "accumulation": 1, "packs_per_microbatch": 4}
+
+
+def coded(directory: Path, codec: str) -> Path:
+    return write_dataset(directory / codec, {"train": PICTURES}, WIDE, codec=codec)
+
+
+def assert_same_steps(found: list[Step], expected: list[Step]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        counts = [(s.index, s.num_labels, s.num_tokens, s.num_patches) for s in (one, other)]
+        assert counts[0] == counts[1]
+        for a, b in zip(one.microbatches, other.microbatches, strict=True):
+            for field in fields(Batch):
+                assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_zstd_gives_the_steps_of_raw_bit_for_bit(tmp_path: Path, threads: int) -> None:
+    raw = load(coded(tmp_path, "raw"), 6, accumulation=2)
+    zstd = load(coded(tmp_path, "zstd"), 6, accumulation=2, decode_threads=threads)
+    assert_same_steps(zstd, raw)
+    assert raw[0].num_patches == 4 * (8 + 8 + 8)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "jpeg"])
+def test_threads_give_the_batches_that_decoding_in_place_gives(
+    tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = coded(tmp_path, codec)
+    monkeypatch.setattr(torch, "empty", dirty_empty)  # a place that nothing is decoded into shows
+    steps = load(path, 5, decode_threads=3)
+    dataset = open_dataset(path)
+    for step in steps:
+        packs = [
+            dataset.pack("train", int(number)) for number in packs_of_step(10, 4, seed=3, step=step.index)
+        ]
+        chosen = [packs[n] for n in deal_packs(np.array([p.cost for p in packs]), **ALONE)[0, 0]]
+        alone = assemble_batch(
+            chosen,
+            packs_per_microbatch=4,
+            budget=WIDE,
+            values_per_patch=dataset.geometry.values_per_patch,
+            merge=dataset.geometry.merge,
+            pad_token=dataset.tokens.pad,
+        )
+        for field in fields(Batch):
+            found = getattr(step.microbatches[0], field.name)
+            assert torch.equal(found, getattr(alone, field.name)), field.name
+
+
+def dirty_empty(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+    return torch.full(shape, 77, dtype=dtype)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "jpeg"])
+def test_a_damaged_frame_is_an_error_in_the_consumer_that_names_it(tmp_path: Path, codec: str) -> None:
+    path = coded(tmp_path, codec)
+    shard = path / "shards" / "train-00000.parquet"
+    reader = open_dataset(path).locate("train", 7)[0]
+    content = bytearray(shard.read_bytes())
+    content[reader.byte_ranges(7)["patches"].stop - 3] ^= 0x20  # the end of the last of three images
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00000\.parquet: pack 7: image 2 is damaged"):
+        load(path, 3)  # 12 packs of 10: all are met
+
+
+def test_only_a_data_set_with_frames_has_decoding_threads(tmp_path: Path) -> None:
+    for codec, expected in (("raw", set()), ("zstd", {"decode_0", "decode_1"})):
+        before = set(threading.enumerate())
+        loader = new_loader(coded(tmp_path, codec))
+        next(iter(loader))
+        names = {thread.name for thread in set(threading.enumerate()) - before} - {"loader"}
+        loader.close()
+        assert names == expected
+        assert set(threading.enumerate()) <= before, "closing ends them"
