@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from preprocess.samples import RawSample, Reject
+from shared.errors import UserError
 from shared.tokens import TokenNames
+
+
+class BadFileError(UserError):
+    """A raw file of which nothing can be read; `reason` is counted where `bad_file` has it rejected."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadFileError], tuple[str, str]]:
+        return BadFileError, (self.reason, str(self))  # from worker to job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +34,8 @@ class SourceConfig:
     too_long: Literal["split", "reject"] = "reject"
     # What a picture costs that cannot be used: its whole sample, or itself and its place in the text.
     bad_media: Literal["reject", "drop"] = "reject"
+    # A raw file that cannot be read at all stops the job, or is one reject, NAME#file.
+    bad_file: Literal["stop", "reject"] = "stop"
     # The job stops when more than this share of a source's samples is rejected or loses a part,
     # or more than this share of its pictures is dropped.
     max_reject_rate: float = 0.05
@@ -33,9 +48,13 @@ class SourceConfig:
         if not self.paths:
             raise ValueError("paths is empty; name at least one file")
         if not 0 < self.repeat < math.inf or not 0 <= self.weight < math.inf:
-            raise ValueError(f"repeat must be above 0 and weight not below, got {self.repeat} and {self.weight}")
+            raise ValueError(
+                f"repeat must be above 0 and weight not below, got {self.repeat} and {self.weight}"
+            )
         if self.weight and self.repeat != 1:
-            raise ValueError(f"weight {self.weight} and repeat {self.repeat} are two answers to one question; set one")
+            raise ValueError(
+                f"weight {self.weight} and repeat {self.repeat} are two answers to one question; set one"
+            )
         if not 0 <= self.max_reject_rate <= 1:
             raise ValueError(f"max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
 
@@ -64,7 +83,26 @@ class Source(Protocol):
         """Every sample of the unit, usable or not, in file order.
 
         Raises:
-            UserError: the unit as a whole cannot be read.
+            BadFileError: the unit as a whole cannot be read.
             OSError: it cannot be read now; the executor tries again.
         """
         ...
+
+
+def scan_or_reject(
+    entries: Iterator[RawSample | Reject], *, source: str, unit: str, bad_file: Literal["stop", "reject"]
+) -> Iterator[RawSample | Reject]:
+    """What `Source.scan` yields for a unit, with a file that cannot be read as one reject if that is wanted.
+
+    Raises:
+        UserError: it cannot be read, and `bad_file` is "stop".
+    """
+    try:
+        yield from entries
+    except BadFileError as error:
+        if bad_file == "stop":
+            raise UserError(
+                f"source {source!r}: {error}; or take it out of sources.{source}.paths, or set "
+                f'sources.{source}.bad_file = "reject"'
+            ) from None
+        yield Reject(source, f"{os.path.basename(unit)}#file", error.reason, str(error))

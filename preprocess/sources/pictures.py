@@ -1,0 +1,93 @@
+"""A picture as tables and JSON name it: its bytes, a path, both, or an address that has not been fetched.
+
+    b"..."                        the encoded file               "images/a.jpg"          a path below `root`
+    {"bytes": .., "path": ..}     either of them                 "data:image/png;base64,..", or base64 alone
+    {"url": ..}                   what a URL may be              "https://.."            not fetched
+
+A file is read from where it lies; bytes out of a table have no place, and the scan copies them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import io
+import os
+import re
+import stat
+from typing import Any, cast
+
+from preprocess.inputs import Span
+from preprocess.samples import IMAGE, Media, Missing, Place
+
+# A name in a directory has at most 255 characters, and that of a picture a dot, which base64 has not.
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def picture(value: Any, root: str) -> Media | Missing:
+    """The picture that a value of a record means; relative paths are below `root`, and none leads out of it.
+
+    Links in `root` are followed: who put them there, meant it.
+    """
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value)
+        found = next(
+            (fields[name] for name in ("bytes", "path", "url") if fields.get(name) is not None), None
+        )
+        return _malformed(found) if isinstance(found, dict) else picture(found, root)
+    if value is None or value == "":
+        return Missing("image_missing", "null or empty")
+    if isinstance(value, bytes):
+        return Media(IMAGE, cast(Any, io.BytesIO(value)), None)
+    return _named(value, root) if isinstance(value, str) else _malformed(value)
+
+
+def _malformed(value: object) -> Missing:
+    return Missing("image_malformed", f"expected bytes or a path, got {type(value).__name__}")
+
+
+def _named(text: str, root: str) -> Media | Missing:
+    if text[:5].lower() == "data:":
+        head, comma, data = text.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            return Missing("image_malformed", f"a data: URL without base64: {head[:60]!r}")
+        return _decoded(data)
+    if text[:7].lower() in ("http://", "https:/"):
+        return Missing("image_not_fetched", f"{text[:200]}: run `python -m preprocess fetch` first")
+    if _BASE64.fullmatch(text):
+        return _decoded(text)
+    if text.startswith("file://"):
+        return _file(text.removeprefix("file://"), root)
+    if _SCHEME.match(text):
+        return Missing("image_not_fetched", f"{text[:200]}: copy it to this machine first")
+    return _file(text, root)
+
+
+def _decoded(text: str) -> Media | Missing:
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        return Missing("image_malformed", f"not base64: {error}")
+    return Media(IMAGE, cast(Any, io.BytesIO(data)), None)
+
+
+def _file(name: str, root: str) -> Media | Missing:
+    root = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(root, name))
+    if os.path.commonpath((root, path)) != root:
+        return Missing(
+            "image_outside_root", f"{name[:200]!r} is not below {root}; set image_root to a folder above"
+        )
+    try:
+        state = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name no file can have
+        return Missing("image_missing", f"no file {path[-200:]!r}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return Missing("image_missing", f"no file has so long a name: {name[:60]!r}")
+        raise
+    if not stat.S_ISREG(state.st_mode):
+        return Missing("image_missing", f"{path[-200:]!r} is no file")
+    return Media(IMAGE, Span(path, 0, state.st_size), Place(path, 0, state.st_size))
