@@ -155,10 +155,11 @@ def measure(
 
     def theirs() -> None:
         tokenizer.encode([p.caption for p in pictures])
-        rows = [baseline_patches(p.data, h, w, geometry) for p, (h, w) in zip(pictures, grids, strict=True)]
-        for start in range(0, len(rows), BASELINE_BATCH):
-            patches, coordinates = zip(*rows[start : start + BASELINE_BATCH], strict=True)
-            torch.stack(patches), torch.stack(coordinates)
+        for start in range(0, len(pictures), BASELINE_BATCH):
+            batch = zip(pictures[start : start + BASELINE_BATCH], grids[start:], strict=False)
+            rows = [baseline_patches(p.data, h, w, geometry) for p, (h, w) in batch]
+            for column in zip(*rows, strict=True):
+                torch.stack(column)
 
     def bound() -> None:
         for p, (h, w) in zip(pictures, grids, strict=True):
