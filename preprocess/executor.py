@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
@@ -18,8 +19,16 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+def back_off(attempt: int) -> None:
+    """Wait before another attempt: 0.1, 0.2, 0.4 .. seconds, up to half more so that workers do not come together."""
+    time.sleep(min(30.0, 0.1 * 2**attempt) * random.uniform(1.0, 1.5))
+
+
 class SerialExecutor:
-    """Everything in this process: for small jobs, debuggers and tests."""
+    """Everything in this process: for small jobs, debuggers and tests.
+
+    A sample that kills the process ends the job; the limits of time and memory need a process of their own.
+    """
 
     def __init__(self, retries: int) -> None:
         self._retries = retries
@@ -36,5 +45,5 @@ class SerialExecutor:
             try:
                 return function(unit)
             except (OSError, MemoryError):
-                time.sleep(0.1 * 2**attempt)  # transient; the last attempt's error is the caller's
+                back_off(attempt)  # transient; the last attempt's error is the caller's
         return function(unit)

@@ -7,16 +7,17 @@ kept beside its output (`preprocess.identity`), so that nothing of another run i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from preprocess.account import scan_counts
 from preprocess.config import PreprocessConfig
 from preprocess.executor import Executor, SerialExecutor
+from preprocess.faults import Limits
 from preprocess.finish import check_scan, finish
 from preprocess.identity import claim, plan_identity, scan_identity, short_hash
 from preprocess.index import IndexedUnit
@@ -103,7 +104,7 @@ class Job:
                 tokens=self.config.tokens,
                 geometry=self.config.geometry,
                 limits=self.config.limits,
-                hash_content=True,
+                hash_content=self.config.plan.duplicates != "ignore",
             )
             for unit in self.units
             if not unit.path.exists()
@@ -114,7 +115,7 @@ class Job:
         if not any(line.read for line in counts.values()):
             raise UserError(f"{self.config.output}: the sources hold no sample; check their paths")
 
-    def plan(self) -> dict[str, Any]:
+    def plan(self, executor: Executor) -> dict[str, Any]:
         """Write the plan, or return the one that is there."""
         summary = self.output / "plan" / PLAN_SUMMARY
         if not summary.exists():
@@ -127,20 +128,22 @@ class Job:
                 ids=self.tokenizer.ids,
                 config=self.config.plan,
                 seed=self.config.seed,
+                run=partial(_run, executor),
             )
         return read_json(summary)
 
     def pack(self, executor: Executor) -> None:
         """Write every shard that is not there, or not whole, or of another plan."""
-        names = [shard["name"] for shard in self.plan()["shards"]]
-        tasks = [self._pack_task(name) for name in names if not self._is_packed(name)]
-        _run(executor, pack_shard, tasks, label="pack", total=len(names))
+        shards = self.plan(executor)["shards"]
+        tasks = [self._pack_task(shard) for shard in shards if not self._is_packed(shard["name"])]
+        _run(executor, pack_shard, tasks, label="pack", total=len(shards))
 
-    def _pack_task(self, name: str) -> PackTask:
+    def _pack_task(self, shard: Mapping[str, Any]) -> PackTask:
         return PackTask(
-            plan=(self.output / "plan" / name).absolute(),
-            output=(self.output / "shards" / name).absolute(),
-            result=self._result_path(name).absolute(),
+            plan=(self.output / "plan" / shard["plan"]).absolute(),
+            row_group=shard["row_group"],
+            output=(self.output / "shards" / shard["name"]).absolute(),
+            result=self._result_path(shard["name"]).absolute(),
             index=(self.output / "index").absolute(),
             bad_media={name: source.bad_media for name, source in self.config.sources.items()},
             ids=self.tokenizer.ids,
@@ -167,7 +170,7 @@ class Job:
         Raises:
             UserError: a shard is not the one that this plan made.
         """
-        plan = self.plan()
+        plan = read_json(self.output / "plan" / PLAN_SUMMARY, mend="run `plan` and `pack` first")
         for shard in plan["shards"]:
             if not self._is_packed(shard["name"]):
                 raise UserError(
@@ -179,7 +182,7 @@ class Job:
             units=self.units,
             sources=self.config.sources,
             plan=plan,
-            results={shard["name"]: read_json(self._result_path(shard["name"])) for shard in plan["shards"]},
+            read_result=lambda shard: read_json(self._result_path(shard)),
             contract=self.contract,
             codec_settings=self.identity["codec_settings"],
             tokenizer=Path(self.config.tokenizer),
@@ -205,7 +208,7 @@ def run_job(config: PreprocessConfig) -> dict[str, Any]:
     with open_job(config) as job:
         with open_executor(config) as executor:
             job.scan(executor)
-            job.plan()
+            job.plan(executor)
             job.pack(executor)
         return job.finish()
 
@@ -224,16 +227,18 @@ def make_executor(config: PreprocessConfig) -> Executor:
         return SerialExecutor(config.retries)
     from preprocess.ray_job import RayExecutor
 
-    return RayExecutor(config.ray, config.retries)
+    return RayExecutor(
+        config.ray, config.retries, Limits(config.limits.max_seconds, config.limits.max_memory)
+    )
 
 
 def _run(
-    executor: Executor, function: Callable[[Any], object], tasks: Sequence[Any], *, label: str, total: int
-) -> None:
+    executor: Executor, function: Callable[[Any], Any], tasks: Sequence[Any], *, label: str, total: int
+) -> list[Any]:
+    """Results in order of completion."""
     results = executor.map(function, tasks)
     try:
-        for _ in track(results, label=label, total=total, done=total - len(tasks)):
-            pass
+        return list(track(results, label=label, total=total, done=total - len(tasks)))
     except OSError as error:  # after all retries
         raise UserError(
             f"{label}: {error.filename or 'a file'}: {error.strerror or error}; when that is mended, the same "

@@ -7,16 +7,18 @@ through in batches, so that memory does not grow with the file.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from preprocess.config import AnySource, ImageLimits
+from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, read_header
 from preprocess.index import IndexWriter, ScannedSample, open_index
 from preprocess.samples import (
@@ -41,6 +43,9 @@ from shared.tokens import TextTokenizer, TokenNames, Tokens, load_tokenizer
 BATCH_SAMPLES = 1024
 BATCH_CHARACTERS = 1 << 20
 MAX_TEXT_BYTES = 4 << 20
+# Reading the next record may mean reading a row group from a distant store: it may take this many times longer
+# than the work on one picture.
+DRAW_PATIENCE = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class ScanUnit:
     geometry: Geometry
     limits: ImageLimits
     hash_content: bool
+    # Set when a worker died of this unit: what to leave out (`preprocess.faults`), by number of `_draw`.
+    crashed: dict[int, str] | None = None
 
     def __str__(self) -> str:
         return self.unit
@@ -70,12 +77,15 @@ def scan_unit(task: ScanUnit) -> dict[str, Any]:
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
     source = open_source(task.config, SourceContext(task.source, task.tokenizer, task.tokens))
     with open_index(task.output) as index:
-        for batch in _batches(source.scan(task.unit)):
-            drafts = [_draft(entry, task, index) for entry in batch]
+        for batch in _batches(_draw(source.scan(task.unit), task), task.crashed is not None):
+            drafts = [_draft(entry, number, task, index) for number, entry in batch]
+            # One sample at a time where one of them is to be found: its whole way is then under its number.
+            begin(2 * batch[0][0] + 1 if task.crashed is not None else NO_ITEM)
             _tokenize(drafts, task, tokenizer)
             _fit_images(drafts, task.geometry)
             for draft in drafts:
                 _write(draft, task, index)
+            begin(NO_ITEM)
     return index.counts()
 
 
@@ -85,16 +95,35 @@ def cached_tokenizer(directory: Path, names: TokenNames) -> TextTokenizer:
     return load_tokenizer(directory, names)
 
 
-def _batches(entries: Iterable[RawSample | Reject]) -> Iterator[list[RawSample | Reject]]:
-    batch: list[RawSample | Reject] = []
+Entry = tuple[int, RawSample | Reject]
+
+
+def _draw(entries: Iterator[RawSample | Reject], task: ScanUnit) -> Iterator[Entry]:
+    """The entries of a unit with their numbers n: drawing one is item 2 n of `faults.begin`, working on it 2 n + 1."""
+    for number in itertools.count():
+        begin(2 * number, DRAW_PATIENCE)
+        if detail := (task.crashed or {}).get(2 * number):
+            # What lies behind it in the file cannot be reached.
+            yield number, Reject(task.source, f"{PurePath(task.unit).name}#rest", "crashed", detail)
+            return
+        entry = next(entries, None)
+        if entry is None:
+            return
+        yield number, entry
+
+
+def _batches(entries: Iterable[Entry], single: bool) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
     characters = 0
-    for entry in entries:
-        batch.append(entry)
+    for number, entry in entries:
+        batch.append((number, entry))
         if isinstance(entry, RawSample):
             characters += sum(len(s.text) for s in entry.segments if isinstance(s, Text))
-        if len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS:
+        if single or len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS:
+            begin(NO_ITEM)
             yield batch
             batch, characters = [], 0
+    begin(NO_ITEM)
     if batch:
         yield batch
 
@@ -112,10 +141,13 @@ class _Draft:
     content_hash: int = 0
 
 
-def _draft(entry: RawSample | Reject, task: ScanUnit, index: IndexWriter) -> _Draft:
+def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexWriter) -> _Draft:
     """Segments with the pixel sizes of pictures, and the texts; tokens and grids come later, in bulk."""
     if isinstance(entry, Reject):
         return _Draft(entry.key, failed=entry)
+    begin(2 * number + 1)
+    if detail := (task.crashed or {}).get(2 * number + 1):
+        return _Draft(entry.key, failed=Reject(task.source, entry.key, "crashed", detail))
     draft = _Draft(entry.key)
     digest = xxhash.xxh3_64()
     media = 0
