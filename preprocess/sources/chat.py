@@ -1,0 +1,98 @@
+"""Chat data: conversations with pictures, rendered by the tokenizer's own template; the assistant's turns are learned.
+
+    record -> turns -> template -> [text, picture, text, ..]          .json .jsonl .parquet .arrow
+
+Whose words are whose is known to the character, so that nothing a user writes is learned or becomes a special token.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from preprocess.inputs import expand_paths
+from preprocess.samples import RawSample, Reject, Segment, Text
+from preprocess.sources.base import SourceConfig, SourceContext
+from preprocess.sources.chat_template import load_template
+from preprocess.sources.chat_text import chat_texts, specials_of
+from preprocess.sources.chat_turns import ChatError, read_conversation
+from preprocess.sources.pictures import picture
+from preprocess.sources.records import Damage, read_records
+from shared.tokens import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatConfig(SourceConfig):
+    """Conversations of LLaVA, ShareGPT or OpenAI habit."""
+
+    learns: ClassVar[Literal["all", "part"]] = "part"
+
+    format: Literal["chat"] = "chat"
+    # Which of the assistant's turns are learned.
+    learn: Literal["all", "last"] = "all"
+    # A Jinja file instead of the tokenizer's own template; relative to the tokenizer's directory.
+    template: str = ""
+    # Which template, where the tokenizer has several.
+    template_name: str = "default"
+    # What day it is for a template that asks, YYYY-MM-DD; without one it falls back to its own or is refused.
+    date: str = ""
+    # Where relative paths of pictures begin; itself relative to the directory of the file that names them.
+    image_root: str = ""
+    # What stands for a picture in a turn that is one string; "" for nothing does.
+    image_marker: str = "<image>"
+    # A record whose pictures have no place in any turn: rejected, or all of them before the first question.
+    unmarked_images: Literal["reject", "first"] = "reject"
+    # Turns behind the last of the assistant: the record is rejected, or they are left out, with their pictures.
+    unanswered: Literal["reject", "cut"] = "reject"
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError:
+            raise ValueError(f"date must be YYYY-MM-DD, got {self.date!r}") from None
+
+
+class Chat:
+    """A source of conversations in JSON, JSON lines and tables."""
+
+    def __init__(self, config: ChatConfig, context: SourceContext) -> None:
+        self._config, self._name = config, context.name
+        file = context.tokenizer / config.template if config.template else None
+        self._template = load_template(
+            context.tokenizer, file=file, name=config.template_name, date=config.date
+        )
+        self._specials = specials_of(load_tokenizer(context.tokenizer, context.tokens))
+
+    def units(self) -> list[str]:
+        return expand_paths(self._name, self._config.paths)
+
+    def scan(self, unit: str) -> Iterator[RawSample | Reject]:
+        root = os.path.join(os.path.dirname(unit), self._config.image_root)
+        for record in read_records(unit):
+            key = f"{os.path.basename(unit)}#{record.number}"
+            if isinstance(record, Damage):
+                yield Reject(self._name, key, record.reason, record.detail)
+                continue
+            if isinstance(record.value.get("id"), (str, int)):
+                key = f"{key}/{record.value['id']}"
+            try:
+                yield RawSample(key, tuple(self._segments(record.value, root)))
+            except ChatError as error:
+                yield Reject(self._name, key, error.reason, str(error))
+
+    def _segments(self, record: dict[str, Any], root: str) -> list[Segment]:
+        conversation = read_conversation(
+            record,
+            marker=self._config.image_marker,
+            unmarked_images=self._config.unmarked_images,
+            unanswered=self._config.unanswered,
+        )
+        texts, numbers = chat_texts(conversation, self._template, self._specials, self._config.learn)
+        segments: list[Segment] = [texts[0]]
+        for number, text in zip(numbers, texts[1:], strict=True):
+            segments += [picture(conversation.pictures[number], root), text]
+        return [segment for segment in segments if not isinstance(segment, Text) or segment.text]
