@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from preprocess.inputs import Span, expand_paths, open_cached, read_range
-from preprocess.samples import IMAGE, Media, Place, RawSample, Reject, Text
-from preprocess.sources.base import SourceConfig, SourceContext
-from shared.errors import UserError
+from preprocess.samples import IMAGE, Media, Place, RawSample, Reject
+from preprocess.sources.base import BadFileError, SourceConfig, SourceContext
+from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif jp2 j2k ppm pgm ico heic heif".split()
@@ -35,11 +35,15 @@ class WebDatasetConfig(SourceConfig):
     format: Literal["webdataset"] = "webdataset"
     # "txt": the .txt member. "json:FIELD": a field of the .json member.
     caption: str = "txt"
+    # What a sample looks like, {image} and {caption} once each; its own words are learned only if told so.
+    prompt: str = IMAGE_THEN_CAPTION
+    learn_prompt: bool = False
     # A caption longer than a pack is no caption, and cut off from its picture it teaches nothing: too_long stays
     # "reject" unless the captions are documents.
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
+        check_prompt(self.prompt)
         if self.caption != "txt" and not (self.caption.startswith("json:") and len(self.caption) > 5):
             raise ValueError(f'caption must be "txt" or "json:FIELD", got {self.caption!r}')
 
@@ -58,6 +62,7 @@ class WebDataset:
 
     def __init__(self, config: WebDatasetConfig, context: SourceContext) -> None:
         self._name, self._paths = context.name, config.paths
+        self._prompt, self._learn_prompt = config.prompt, config.learn_prompt
         self._field = config.caption.partition(":")[2]
         self._caption = "json" if self._field else "txt"
 
@@ -65,7 +70,7 @@ class WebDataset:
         return expand_paths(self._name, self._paths)
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
-        groups, damage = _read_headers(self._name, unit)
+        groups, damage = _read_headers(unit)
         for group in groups:
             yield self._sample(unit, group)
         if damage:
@@ -98,7 +103,8 @@ class WebDataset:
         if not text.strip():
             return self._reject(group.key, "caption_empty", f"{caption[1]} bytes of white space")
         picture = Media(IMAGE, Span(unit, *image), Place(unit, *image))
-        return RawSample(group.key, (picture, Text(text)))
+        segments = fill_prompt(self._prompt, picture, text, learn_prompt=self._learn_prompt)
+        return RawSample(group.key, segments)
 
     def _text(self, data: bytes) -> str:
         """The caption in a member's bytes, without a byte order mark and outer white space."""
@@ -117,11 +123,11 @@ class WebDataset:
         return Reject(self._name, key, reason, detail)
 
 
-def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
+def _read_headers(unit: str) -> tuple[list[_Group], str]:
     """Members grouped by key in order of first appearance, and what stopped the walk ("" at a proper end).
 
     Raises:
-        UserError: the file is not a plain tar at all.
+        BadFileError: the file is not a plain tar at all.
         OSError: it cannot be read now; the executor tries again.
     """
     groups: dict[str, _Group] = {}
@@ -140,9 +146,9 @@ def _read_headers(name: str, unit: str) -> tuple[list[_Group], str]:
             except (tarfile.TarError, ValueError, EOFError) as error:
                 damage = f"{type(error).__name__}: {error}"
     except tarfile.TarError as error:
-        raise UserError(
-            f"source {name!r}: {unit}: not a readable tar ({error}); compressed tars cannot be read by offset, "
-            f"unpack them, or take the file out of sources.{name}.paths"
+        raise BadFileError(
+            "file_unreadable",
+            f"{unit}: not a readable tar ({error}); compressed tars cannot be read by offset, unpack them",
         ) from None
     return [*groups.values(), *repeats], damage
 

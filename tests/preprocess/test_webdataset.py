@@ -15,8 +15,9 @@ from preprocess.config import ImageLimits
 from preprocess.images import Header, ImageError, read_header
 from preprocess.inputs import read_range
 from preprocess.samples import Media, RawSample, Reject, Text
-from preprocess.sources.base import SourceContext
-from preprocess.sources.webdataset import MAX_CAPTION_BYTES, WebDataset, WebDatasetConfig
+from preprocess.sources import open_source
+from preprocess.sources.base import Source, SourceContext
+from preprocess.sources.webdataset import MAX_CAPTION_BYTES, WebDatasetConfig
 from shared.errors import UserError
 from shared.tokens import TokenNames
 from tests.preprocess.inputs import Members, Reads, encode, noise, png, write_tar
@@ -24,9 +25,9 @@ from tests.preprocess.inputs import Members, Reads, encode, noise, png, write_ta
 PICTURE = b"the bytes of a picture, which nobody looks at here"
 
 
-def open_tars(path: Path, caption: str = "txt") -> WebDataset:
+def open_tars(path: Path, caption: str = "txt") -> Source:
     context = SourceContext("web", Path("unused"), TokenNames())
-    return WebDataset(WebDatasetConfig(paths=(str(path),), caption=caption), context)
+    return open_source(WebDatasetConfig(paths=(str(path),), caption=caption), context)
 
 
 def scan(path: Path, caption: str = "txt") -> list[RawSample | Reject]:

@@ -1,0 +1,107 @@
+"""Records of tables: Parquet by row group, Arrow IPC (streams and files) by record batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocess.sources.record import Damage, Record, is_damage, require_columns, unreadable
+
+# Rows are turned into Python objects in pieces of about this size.
+BATCH_BYTES = 8 << 20
+BATCH_ROWS = 1024
+
+
+def parquet_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) -> Iterator[Record | Damage]:
+    """Rows by row group: one that is damaged costs the rows that were not read from it yet."""
+    try:
+        # With a buffer, a column is read page by page and not as a whole.
+        table = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=1 << 20)
+        names = table.schema_arrow.names
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if is_damage(error):
+            raise unreadable(unit, "Parquet file", error) from None
+        raise
+    require_columns(unit, columns, names)
+    groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+    if sum(group.num_rows for group in groups) != table.metadata.num_rows:
+        raise unreadable(unit, "Parquet file", ValueError("its footer contradicts itself"))
+    first = 0
+    for number, group in enumerate(groups):
+        done = 0
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
+        try:
+            for batch in table.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
+                yield from _rows(batch, first + done)
+                done += batch.num_rows
+            problem = "it ends early" if done < group.num_rows else ""
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if not is_damage(error):
+                raise
+            problem = str(error)
+        if problem:
+            yield from _lost_rows(file, first + done, group.num_rows - done, f"row group {number}: {problem}")
+        first += group.num_rows
+
+
+def _lost_rows(file: BinaryIO, first: int, count: int, detail: str) -> Iterator[Damage]:
+    if count > file.seek(0, os.SEEK_END):  # the count itself is damaged: nobody wants so many rejects
+        yield Damage(first, "rest_unreadable", detail)
+        return
+    for number in range(first, first + count):
+        yield Damage(number, "rows_unreadable", detail)
+
+
+def arrow_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) -> Iterator[Record | Damage]:
+    """Rows by record batch, checked in full before use: offsets in the file lead pyarrow anywhere in memory."""
+    try:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+        names = reader.schema.names
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if is_damage(error):
+            raise unreadable(unit, "Arrow file", error) from None
+        raise
+    require_columns(unit, columns, names)
+    batches = iter(reader) if not is_file else map(reader.get_batch, range(reader.num_record_batches))
+    first = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if not is_damage(error):
+                raise
+            yield Damage(first, "rest_unreadable", str(error))
+            return
+        batch = batch if columns is None else batch.select(list(columns))
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            yield from _lost_rows(file, first, batch.num_rows, str(error))
+        else:
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+            for start in range(0, batch.num_rows, rows):
+                yield from _rows(batch.slice(start, rows), first + start)
+        first += batch.num_rows
+
+
+def _rows(batch: pa.RecordBatch, first: int) -> Iterator[Record | Damage]:
+    try:
+        values = batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        if batch.num_rows == 1:
+            reason = "row_not_utf8" if isinstance(error, UnicodeDecodeError) else "row_unreadable"
+            yield Damage(first, reason, str(error))
+            return
+        for number in range(batch.num_rows):
+            yield from _rows(batch.slice(number, 1), first + number)
+        return
+    for number, value in enumerate(values, first):
+        yield Record(number, value)
