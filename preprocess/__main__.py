@@ -119,12 +119,13 @@ def _scan(words: list[str], as_json: bool) -> int:
 
 
 def _plan(words: list[str], as_json: bool) -> int:
-    from preprocess.job import open_job
+    from preprocess.job import open_executor, open_job
 
     config = _config(words)
     with open_job(config) as job:
         _require_index(job)
-        plan = job.plan()
+        with open_executor(config) as executor:
+            plan = job.plan(executor)
     packs = sum(shard["packs"] for shard in plan["shards"])
     _say({"plan": f"{config.output}/plan", "shards": len(plan["shards"]), "packs": packs}, as_json)
     return 0

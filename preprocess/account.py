@@ -1,7 +1,10 @@
 """The account: every sample read is packed, packed in parts, or rejected with a reason. To the unit.
 
-    samples   read = packed + split_parts + sum(rejected)
+    samples   read + repeated = packed + split_parts + sum(rejected)
     parts     made = packed + sum(rejected)            of the samples that were cut
+
+`repeated` are further uses of samples that a mixture takes more than once: each counts as a sample of its own. What a
+mixture leaves out, and a dropped duplicate, is rejected with its reason, and no loss (`DELIBERATE`).
 
 A cut sample counts as `split_parts` when at least one of its parts is trained on; its other parts, if any
 failed, are counted in `parts.rejected`. A sample of which nothing is trained on is rejected. A picture that is
@@ -12,14 +15,15 @@ index; packed: shards), so a lost sample shows.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from preprocess.index import IndexedUnit, read_counts, read_unit_rejects
-from preprocess.samples import Reject
-from shared.tables import read_table
+from preprocess.index import IndexedUnit, read_counts
+from preprocess.plan import DUPLICATE, LEFT_OUT
+
+# Reasons that the config asks for.
+DELIBERATE = (DUPLICATE, LEFT_OUT)
 
 
 @dataclass(slots=True)
@@ -27,6 +31,7 @@ class SourceAccount:
     """One source's line of the account."""
 
     read: int = 0
+    repeated: int = 0
     packed: int = 0
     split_parts: int = 0
     rejected: Counter[str] = field(default_factory=Counter[str])
@@ -46,12 +51,23 @@ class SourceAccount:
     @property
     def losses(self) -> Counter[str]:
         """Samples that are rejected or lost a part, by reason: what the ceiling counts."""
-        return self.rejected + self.incomplete
+        losses = self.rejected + self.incomplete
+        for reason in DELIBERATE:
+            del losses[reason]
+        return losses
+
+    @property
+    def wanted(self) -> int:
+        """Uses of samples that were to be trained on: what the ceiling is a share of."""
+        return self.read + self.repeated - sum(self.rejected[reason] for reason in DELIBERATE)
 
     def imbalance(self) -> str | None:
         """None when both equations hold, else the one that does not."""
-        if self.read != self.packed + self.split_parts + self.num_rejected:
-            return f"read {self.read} != packed {self.packed} + split {self.split_parts} + rejected {self.num_rejected}"
+        if self.read + self.repeated != self.packed + self.split_parts + self.num_rejected:
+            return (
+                f"read {self.read} + repeated {self.repeated} != packed {self.packed} + split {self.split_parts} + "
+                f"rejected {self.num_rejected}"
+            )
         lost = sum(self.parts_rejected.values())
         if self.parts_made != self.parts_packed + lost:
             return f"parts made {self.parts_made} != packed {self.parts_packed} + rejected {lost}"
@@ -60,6 +76,7 @@ class SourceAccount:
     def as_dict(self) -> dict[str, Any]:
         return {
             "read": self.read,
+            "repeated": self.repeated,
             "packed": self.packed,
             "split_parts": self.split_parts,
             "rejected": dict(sorted(self.rejected.items())),
@@ -95,59 +112,45 @@ def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
     return counts
 
 
-def scan_rejects(units: Sequence[IndexedUnit]) -> list[Reject]:
-    """What the scan rejected, samples and pictures."""
-    return [reject for unit in units for reject in read_unit_rejects(unit)]
-
-
-def read_rejects(path: Path) -> list[Reject]:
-    table = read_table(path, mend="delete the plan/ directory beside it and run again")
-    return [Reject(**row) for row in table.to_pylist()]
-
-
 def settle(
     sources: Sequence[str],
     scanned: Mapping[str, ScanCounts],
-    early_rejects: Sequence[Reject],
-    planned: Mapping[str, Mapping[str, int]],
-    results: Sequence[Mapping[str, Any]],
-) -> tuple[dict[str, SourceAccount], list[Reject]]:
-    """Account of every source, and all rejects.
-
-    early_rejects: of scan and plan. planned: `sources` of plan.json. results: the shards' result files.
-    """
+    planned: Mapping[str, Mapping[str, Any]],
+    results: Iterable[Mapping[str, Any]],
+) -> dict[str, SourceAccount]:
+    """Account of every source. planned: `sources` of plan.json. results: the shards' result files, one at a time."""
     accounts = {name: SourceAccount() for name in sources}
     for name, counts in scanned.items():
-        accounts[name].read, accounts[name].media_read = (
-            counts.read,
-            counts.media + counts.media_dropped.total(),
-        )
-    rejects = list(early_rejects)
-    for reject in early_rejects:
-        account = accounts[reject.source]
-        (account.rejected if reject.media < 0 else account.media_dropped)[reject.reason] += 1
-    failed_parts: defaultdict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
+        account = accounts[name]
+        account.read = counts.read
+        account.rejected.update(counts.rejected)
+        account.media_dropped.update(counts.media_dropped)
+    for name, line in planned.items():
+        account = accounts[name]
+        account.repeated = line["repeated"]
+        account.rejected.update(line["rejected"])
+        account.parts_made, account.split_parts = line["parts"], line["split"]
+        account.media_read = line["media"] + account.media_dropped.total()
+    # By source, unit, key and copy: the reasons of the parts that failed, and the parts that there were.
+    failed_parts: defaultdict[tuple[str, str, str, int], list[tuple[str, int]]] = defaultdict(list)
     for result in results:
         for name, counts in result["packed"].items():
             accounts[name].packed += counts["whole"]
             accounts[name].parts_packed += counts["parts"]
         for row in result["rejects"]:
-            fields = {key: row[key] for key in ("source", "key", "reason", "detail", "part", "media")}
-            rejects.append(Reject(**fields))
+            account, reason = accounts[row["source"]], row["reason"]
             if row["media"] >= 0:
-                accounts[row["source"]].media_dropped[row["reason"]] += 1
+                account.media_dropped[reason] += 1
             elif row["parts"] == 1:
-                accounts[row["source"]].rejected[row["reason"]] += 1
+                account.rejected[reason] += 1
             else:
-                accounts[row["source"]].parts_rejected[row["reason"]] += 1
-                failed_parts[row["source"], row["unit"], row["key"]].append((row["reason"], row["parts"]))
-    for name, account in accounts.items():
-        account.parts_made = planned[name]["parts"]
-        account.split_parts = planned[name]["split"]
-    for (name, _, _), failures in failed_parts.items():
+                account.parts_rejected[reason] += 1
+                sample = (row["source"], row["unit"], row["key"], row["copy"])
+                failed_parts[sample].append((reason, row["parts"]))
+    for (name, *_), failures in failed_parts.items():
         if len(failures) == failures[0][1]:  # every part failed: nothing of the sample is left
             accounts[name].split_parts -= 1
             accounts[name].rejected[failures[0][0]] += 1
         else:
             accounts[name].incomplete[failures[0][0]] += 1
-    return accounts, rejects
+    return accounts

@@ -1,31 +1,38 @@
-"""The end of a job: settle the account, then write rejects, tokenizer, report and, last, dataset.json."""
+"""The end of a job: settle the account, then write rejects, tokenizer, report and, last, dataset.json.
+
+What there is one of per sample streams through; in memory stays what there is one of per shard.
+"""
 
 from __future__ import annotations
 
 import io
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from preprocess.account import ScanCounts, SourceAccount, read_rejects, scan_counts, scan_rejects, settle
+from preprocess.account import ScanCounts, SourceAccount, scan_counts, settle
 from preprocess.identity import made_by
-from preprocess.index import IndexedUnit
+from preprocess.index import MEND, IndexedUnit
 from preprocess.report.stats import collect_stats, print_report
-from preprocess.samples import Reject, reject_table
+from preprocess.samples import REJECT_SCHEMA, Reject, reject_table
 from preprocess.sources.base import SourceConfig
 from shared.dataset import MANIFEST, fingerprint_of
 from shared.errors import UserError
 from shared.files import atomic_path, write_json
 from shared.geometry import Budget
+from shared.tables import read_table
 from shared.tokens import TOKENIZER_FILES
 
 # A rate over fewer samples says nothing: the ceiling is checked once this many have been read.
 MIN_SAMPLES_FOR_REJECT_RATE = 20
+# Rows of rejects.parquet that are gathered before they are written.
+ROWS_PER_GROUP = 1 << 16
 
 
 def finish(
@@ -34,34 +41,43 @@ def finish(
     units: Sequence[IndexedUnit],
     sources: Mapping[str, SourceConfig],
     plan: Mapping[str, Any],
-    results: Mapping[str, Mapping[str, Any]],
+    read_result: Callable[[str], dict[str, Any]],
     contract: Mapping[str, Any],
     codec_settings: Mapping[str, int],
     tokenizer: Path,
 ) -> dict[str, Any]:
-    """Complete the data set; return its statistics. `results` are the shards' result files by shard name.
+    """Complete the data set; return its statistics. `read_result` reads the result file of a shard, by its name.
 
     Raises:
         UserError: nothing was packed, or a source lost more samples than its ceiling allows.
         RuntimeError: the account does not balance, a defect of the program.
     """
-    early = scan_rejects(units) + read_rejects(output / "plan" / "rejects.parquet")
-    accounts, rejects = settle(
-        list(sources), scan_counts(units), early, plan["sources"], list(results.values())
-    )
+    names = [shard["name"] for shard in plan["shards"]]
+    accounts = settle(list(sources), scan_counts(units), plan["sources"], map(read_result, names))
     _check_accounts(accounts, sources)
-    filled = {name: result for name, result in results.items() if result["packs"]}
-    if not filled:
-        reasons = ", ".join(sorted({reject.reason for reject in rejects}))
+    shards = [
+        line for shard in plan["shards"] if (line := _shard_line(shard, read_result(shard["name"])))["packs"]
+    ]
+    if not shards:
+        reasons = ", ".join(sorted({reason for account in accounts.values() for reason in account.rejected}))
         raise UserError(
             f"{output}: no sample is left to pack, all were rejected ({reasons}); look at the inputs"
         )
-    _write_side_files(output, rejects, tokenizer)
+    _write_rejects(output / "rejects.parquet", _reject_tables(output, units, map(read_result, names)))
+    for name in TOKENIZER_FILES:
+        with atomic_path(output / "tokenizer" / name) as temporary:
+            shutil.copyfile(tokenizer / name, temporary)
     account = {name: line.as_dict() for name, line in accounts.items()}
-    stats = collect_stats(units, filled, account, Budget(**contract["budget"]))
+    stats = collect_stats(units, shards, account, plan, Budget(**contract["budget"]))
     _write_report(output / "report", stats)
-    write_json(output / MANIFEST, _manifest(contract, codec_settings, plan, filled, stats))
+    write_json(output / MANIFEST, _manifest(contract, codec_settings, shards, stats))
     return stats
+
+
+def _shard_line(shard: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a shard: its place in the manifest, and its totals."""
+    kept = ("packs", "bytes", "checksum", "totals")
+    return {"name": shard["name"], "split": shard["split"], **{key: result[key] for key in kept}}
 
 
 def check_reject_rate(
@@ -95,16 +111,39 @@ def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str,
         if fault := account.imbalance():
             raise RuntimeError(f"account of source {name!r} does not balance: {fault}")
         limit = sources[name].max_reject_rate
-        check_reject_rate(name, account.losses, account.read, limit, "job")
+        check_reject_rate(name, account.losses, account.wanted, limit, "job")
         check_reject_rate(name, account.media_dropped, account.media_read, limit, "job", "images")
 
 
-def _write_side_files(output: Path, rejects: Sequence[Reject], tokenizer: Path) -> None:
-    with atomic_path(output / "rejects.parquet") as temporary:
-        pq.write_table(reject_table(rejects), temporary)
-    for name in TOKENIZER_FILES:
-        with atomic_path(output / "tokenizer" / name) as temporary:
-            shutil.copyfile(tokenizer / name, temporary)
+def _reject_tables(
+    output: Path, units: Sequence[IndexedUnit], results: Iterable[Mapping[str, Any]]
+) -> Iterator[pa.Table]:
+    """What scan, plan and pack rejected, in this order."""
+    for unit in units:
+        if unit.rejects.exists():
+            yield read_table(unit.rejects, mend=MEND, schema=REJECT_SCHEMA)
+    for path in sorted((output / "plan").glob("*.rejects.parquet")):
+        yield read_table(
+            path, mend="delete the plan/ directory beside it and run again", schema=REJECT_SCHEMA
+        )
+    for result in results:
+        rows = [{key: row[key] for key in REJECT_SCHEMA.names} for row in result["rejects"]]
+        yield reject_table([Reject(**row) for row in rows])
+
+
+def _write_rejects(path: Path, tables: Iterable[pa.Table]) -> None:
+    """One file of all tables, row groups of about ROWS_PER_GROUP."""
+    gathered: list[pa.Table] = []
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, REJECT_SCHEMA, compression="zstd") as writer,
+    ):
+        for table in tables:
+            gathered.append(table)
+            if sum(map(len, gathered)) >= ROWS_PER_GROUP:
+                writer.write_table(pa.concat_tables(gathered))
+                gathered = []
+        writer.write_table(pa.concat_tables([REJECT_SCHEMA.empty_table(), *gathered]))
 
 
 def _write_report(directory: Path, stats: Mapping[str, Any]) -> None:
@@ -118,16 +157,10 @@ def _write_report(directory: Path, stats: Mapping[str, Any]) -> None:
 def _manifest(
     contract: Mapping[str, Any],
     codec_settings: Mapping[str, int],
-    plan: Mapping[str, Any],
-    results: Mapping[str, Mapping[str, Any]],
+    shards: Sequence[Mapping[str, Any]],
     stats: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What dataset.json holds."""
-    splits = {shard["name"]: shard["split"] for shard in plan["shards"]}
-    shards = [
-        {"name": name, "split": splits[name], **{key: result[key] for key in ("packs", "bytes", "checksum")}}
-        for name, result in results.items()
-    ]
     lines = list(stats["splits"].values())
     counted = ("packs", "bytes", "tokens", "labels", "patches", "images", "documents")
     return {
@@ -135,9 +168,13 @@ def _manifest(
         "fingerprint": fingerprint_of(dict(contract)),
         # For people: a decoder needs none of it, so that data sets which differ here may be mixed.
         "codec_settings": dict(codec_settings),
-        "shards": shards,
+        "shards": [
+            {key: shard[key] for key in ("name", "split", "packs", "bytes", "checksum")} for shard in shards
+        ],
         "totals": {key: sum(line[key] for line in lines) for key in counted},
         "fill": stats["fill"],
         "account": stats["account"],
+        "mixture": stats["mixture"],
+        "duplicates": stats["duplicates"],
         "made_by": made_by(),
     }

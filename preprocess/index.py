@@ -101,12 +101,6 @@ def read_counts(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error}); {MEND}") from None
 
 
-def read_unit_rejects(unit: IndexedUnit) -> list[Reject]:
-    if not unit.rejects.exists():
-        return []
-    return [Reject(**row) for row in read_table(unit.rejects, mend=MEND).to_pylist()]
-
-
 @dataclass(frozen=True, slots=True)
 class ScannedSample:
     """A usable sample; `texts` are the tokens of its text segments, ~token where not learned."""

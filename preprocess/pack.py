@@ -24,14 +24,13 @@ from preprocess.cost import pack_cost
 from preprocess.images import ImageError, load_image
 from preprocess.index import media_file, token_file
 from preprocess.inputs import read_range
-from preprocess.plan import PLAN_SCHEMA
+from preprocess.plan import read_shard_plan
 from preprocess.samples import STORE, TEXT, IndexSegment, Reject
 from preprocess.stream import image_starts, token_stream
 from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
-from shared.tables import read_table
 from shared.tokens import TokenIds, Tokens
 
 
@@ -39,7 +38,9 @@ from shared.tokens import TokenIds, Tokens
 class PackTask:
     """Everything one pack task needs: it is pickled to the worker."""
 
+    # The plan file of a window, and the shard's row group in it.
     plan: Path
+    row_group: int
     output: Path
     result: Path
     index: Path
@@ -75,6 +76,7 @@ class Piece:
     index: str
     unit: str
     key: str
+    copy: int
     part: int
     parts: int
     start: int
@@ -124,7 +126,7 @@ def pack_shard(task: PackTask) -> int:
     totals = {"tokens": 0, "labels": 0, "patches": 0, "images": 0, "documents": 0}
     with atomic_path(task.output) as temporary:
         writer = ShardWriter(temporary, task.budget.S, task.fingerprint)
-        for pieces in _read_plan(task.plan):
+        for pieces in _read_plan(task.plan, task.row_group):
             members = [
                 member for piece in pieces if (member := _load_piece(piece, task, rejects)) is not None
             ]
@@ -153,10 +155,9 @@ def pack_shard(task: PackTask) -> int:
     return writer.num_packs
 
 
-def _read_plan(path: Path) -> Iterator[list[Piece]]:
+def _read_plan(path: Path, row_group: int) -> Iterator[list[Piece]]:
     """The pieces of each pack, in order."""
-    mend = "delete the plan/ directory and run again, it will be planned again"
-    rows = read_table(path, mend=mend, schema=PLAN_SCHEMA).to_pylist()
+    rows = read_shard_plan(path, row_group).to_pylist()
     current: list[Piece] = []
     number = 0
     for row in rows:
@@ -178,7 +179,7 @@ def _load_piece(piece: Piece, task: PackTask, rejects: list[dict[str, Any]]) -> 
     dropped: list[ImageError] = []
     number = -1
     part = -1 if piece.parts == 1 else piece.part
-    origin = {"unit": piece.unit, "parts": piece.parts}
+    origin = {"unit": piece.unit, "copy": piece.copy, "parts": piece.parts}
     for segment in piece.segments:
         if segment.kind == TEXT:
             texts.append(_read_tokens(piece, segment, task))

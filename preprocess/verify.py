@@ -179,8 +179,9 @@ def _total_faults(totals: dict[str, int], counts: dict[str, int]) -> Iterator[st
 def _account_faults(account: dict[str, Any], by_source: Counter[str]) -> Iterator[str]:
     for name, line in account.items():
         accounted = line["packed"] + line["split_parts"] + sum(line["rejected"].values())
-        if line["read"] != accounted:
-            yield f"account of {name}: {line['read']} samples read, {accounted} accounted for"
+        if line["read"] + line["repeated"] != accounted:
+            read = f"{line['read']} samples read" + f" and {line['repeated']} repeated" * bool(line["repeated"])
+            yield f"account of {name}: {read}, {accounted} accounted for"
         parts = line["parts"]
         if parts["made"] != parts["packed"] + sum(parts["rejected"].values()):
             yield f"account of {name}: the parts of cut samples do not add up"

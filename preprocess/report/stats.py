@@ -3,50 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from preprocess.index import IndexedUnit, read_index
+from preprocess.index import IndexedUnit, read_blocks
+from preprocess.report.distribution import Distribution
 from preprocess.samples import TEXT
 from shared.geometry import Budget
 
 PERCENTILES = (5, 50, 95, 100)
+COLUMNS = ["segments.list.element." + name for name in ("kind", "tokens", "height", "width", "t", "h", "w")]
+# Bins per factor of e of an aspect ratio: its percentiles are known to 1 in 4,000.
+ASPECT_BINS = 2000
 
 
 def collect_stats(
     units: Sequence[IndexedUnit],
-    results: Mapping[str, Mapping[str, Any]],
+    shards: Sequence[Mapping[str, Any]],
     account: Mapping[str, Any],
+    plan: Mapping[str, Any],
     budget: Budget,
 ) -> dict[str, Any]:
-    """Everything the report shows. `results` are the shards' result files by shard name."""
+    """Everything the report shows. `shards` have split, packs, bytes and totals."""
     splits: dict[str, dict[str, int]] = {}
-    for name, result in results.items():
-        line = splits.setdefault(name.rpartition("-")[0], {"shards": 0, "packs": 0, "bytes": 0})
-        line["shards"] += 1
-        line["packs"] += result["packs"]
-        line["bytes"] += result["bytes"]
-        for key, value in result["totals"].items():
+    for shard in shards:
+        line = splits.setdefault(shard["split"], {"shards": 0, "packs": 0, "bytes": 0})
+        counts = {"shards": 1, "packs": shard["packs"], "bytes": shard["bytes"], **shard["totals"]}
+        for key, value in counts.items():
             line[key] = line.get(key, 0) + value
     return {
         "budget": {"S": budget.S, "N": budget.N, "L": budget.L},
-        "fill": fills(results.values(), budget),
+        "fill": fills(shards, budget),
         "splits": splits,
         "account": dict(account),
+        "mixture": plan["mixture"],
+        "duplicates": plan["duplicates"],
         "samples": _index_stats(units),
     }
 
 
-def fills(results: Any, budget: Budget) -> dict[str, float]:
+def fills(shards: Sequence[Mapping[str, Any]], budget: Budget) -> dict[str, float]:
     """Share of the token and of the vision budget that holds data, over all packs."""
-    packs = sum(result["packs"] for result in results)
-    tokens = sum(result["totals"]["tokens"] for result in results)
-    patches = sum(result["totals"]["patches"] for result in results)
+    packs = sum(shard["packs"] for shard in shards)
+    tokens = sum(shard["totals"]["tokens"] for shard in shards)
+    patches = sum(shard["totals"]["patches"] for shard in shards)
     return {
         "tokens": round(tokens / max(1, packs * budget.S), 6),
         "vision": round(patches / max(1, packs * budget.N * budget.L), 6),
@@ -54,43 +59,41 @@ def fills(results: Any, budget: Budget) -> dict[str, float]:
 
 
 def _index_stats(units: Sequence[IndexedUnit]) -> dict[str, Any]:
-    """Distributions per source, from the columns of the index."""
-    names = list(dict.fromkeys(unit.source for unit in units))
-    return {name: _source_stats([unit.path for unit in units if unit.source == name]) for name in names}
+    """Distributions per source, from the columns of the index, a block in memory at a time."""
+    gathered: dict[str, dict[str, Distribution]] = {}
+    for unit in units:
+        own = gathered.setdefault(unit.source, {})
+        for block in read_blocks(unit.path, COLUMNS):
+            for name, values in _block_columns(block).items():
+                own.setdefault(name, Distribution()).add(values)
+    summary: dict[str, Any] = {}
+    for source, columns in gathered.items():
+        summary[source] = {name: column.summary(PERCENTILES) for name, column in columns.items()}
+        if aspect := columns.get(ASPECT):
+            summary[source][ASPECT] = aspect.summary(PERCENTILES, lambda bins: np.exp(bins / ASPECT_BINS))
+    return summary
 
 
-def _source_stats(paths: Sequence[Path]) -> dict[str, Any]:
-    columns: dict[str, list[npt.NDArray[Any]]] = {}
-    for path in paths:
-        table = read_index(path)
-        lists = table["segments"].combine_chunks()
-        offsets, segments = lists.offsets.to_numpy(), lists.flatten()
-        names = ("kind", "tokens", "height", "width", "t", "h", "w")
-        field = {name: segments.field(name).to_numpy().astype(np.int64) for name in names}
-        image = field["kind"] != TEXT
-        text = np.concatenate([[0], np.cumsum(np.where(image, 0, field["tokens"]))])
-        count = np.concatenate([[0], np.cumsum(image)])
-        entries = {
-            "text_tokens_per_sample": (text[offsets[1:]] - text[offsets[:-1]]),
-            "images_per_sample": (count[offsets[1:]] - count[offsets[:-1]]),
-            "image_height_pixels": field["height"][image],
-            "image_width_pixels": field["width"][image],
-            "image_aspect_ratio": (field["width"] / np.maximum(1, field["height"]))[image],
-            "image_patches": (field["t"] * field["h"] * field["w"])[image],
-        }
-        for key, values in entries.items():
-            columns.setdefault(key, []).append(values)
-    return {key: _distribution(np.concatenate(values)) for key, values in columns.items()}
+ASPECT = "image_aspect_ratio"
 
 
-def _distribution(values: npt.NDArray[Any]) -> dict[str, float]:
-    if not len(values):
-        return {"count": 0}
-    points = np.percentile(values, PERCENTILES)
-    named = {
-        f"p{percent}": round(float(point), 3) for percent, point in zip(PERCENTILES, points, strict=True)
+def _block_columns(block: pa.Table) -> dict[str, npt.NDArray[np.int64]]:
+    lists = block["segments"].combine_chunks()
+    offsets, segments = lists.offsets.to_numpy(), lists.flatten()
+    names = ("kind", "tokens", "height", "width", "t", "h", "w")
+    field = {name: segments.field(name).to_numpy().astype(np.int64) for name in names}
+    image = field["kind"] != TEXT
+    text = np.concatenate([[0], np.cumsum(np.where(image, 0, field["tokens"]))])
+    count = np.concatenate([[0], np.cumsum(image)])
+    aspect = np.log(np.maximum(1, field["width"][image]) / np.maximum(1, field["height"][image]))
+    return {
+        "text_tokens_per_sample": text[offsets[1:]] - text[offsets[:-1]],
+        "images_per_sample": count[offsets[1:]] - count[offsets[:-1]],
+        "image_height_pixels": field["height"][image],
+        "image_width_pixels": field["width"][image],
+        ASPECT: np.rint(aspect * ASPECT_BINS).astype(np.int64),
+        "image_patches": (field["t"] * field["h"] * field["w"])[image],
     }
-    return {"count": len(values), "mean": round(float(values.mean()), 3), **named}
 
 
 def print_report(stats: Mapping[str, Any], console: Console) -> None:

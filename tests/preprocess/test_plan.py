@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocess.config import PlanConfig, SourceConfig
-from preprocess.index import IndexedUnit
-from preprocess.plan import make_plan
-from preprocess.samples import IMAGE, INDEX_SCHEMA, TEXT
+from preprocess.config import PlanConfig
+from preprocess.executor import SerialExecutor
+from preprocess.index import IndexedUnit, ScannedSample, open_index
+from preprocess.plan import make_plan, read_shard_plan
+from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject
+from preprocess.sources.base import SourceConfig
 from shared.geometry import Budget
 from shared.tokens import TokenIds
 from tests.preprocess.inputs import BUDGET, GEOMETRY
@@ -34,31 +36,25 @@ def image(h: int, w: int) -> Segment:
     return (0, h, w)
 
 
-def write_index(path: Path, samples: Mapping[str, Sequence[Segment] | str]) -> None:
-    """A sample is its segments, or the reason why it was rejected."""
-    rows = []
-    for key, sample in samples.items():
-        segments = [] if isinstance(sample, str) else sample
-        rows.append(
-            {
-                "key": key,
-                "reason": sample if isinstance(sample, str) else "",
-                "detail": "",
-                "segments": [
-                    {
-                        "kind": IMAGE if h else TEXT,
-                        "offset": 512 * number,
-                        "size": 100,
-                        "tokens": tokens or h * w // 4 + 2,
-                        **dict.fromkeys(("height", "width"), 0),
-                        **{"t": int(h > 0), "h": h, "w": w},
-                    }
-                    for number, (tokens, h, w) in enumerate(segments)
-                ],
-            }
-        )
+def write_index(
+    path: Path, samples: Mapping[str, Sequence[Segment] | str], content: Mapping[str, int] | None = None
+) -> None:
+    """As the scan writes it. A sample is its segments, or the reason why it was rejected; `content` are hashes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), path)
+    with open_index(path) as index:
+        for number, (key, sample) in enumerate(samples.items()):
+            if isinstance(sample, str):
+                index.reject(Reject(path.parent.name, key, sample, ""))
+                continue
+            segments = [
+                IndexSegment(IMAGE, "x.tar", 512 * place, 100, tokens or h * w // 4 + 2, 8, 9, 1, h, w)
+                if h
+                else IndexSegment(TEXT, "", 0, 0, tokens)
+                for place, (tokens, h, w) in enumerate(sample)
+            ]
+            texts = [np.zeros(segment.tokens, np.int32) for segment in segments if segment.kind == TEXT]
+            hashed = (content or {}).get(key, 1000 + number)
+            index.append(ScannedSample(key, hashed, segments, texts))
 
 
 class Planned:
@@ -66,13 +62,16 @@ class Planned:
 
     def __init__(self, directory: Path, summary: dict[str, Any]) -> None:
         self.summary = summary
-        self.files = {s["name"]: (directory / s["name"]).read_bytes() for s in summary["shards"]}
+        self.files = {
+            path.name: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+        }
         self.pieces = [
-            {**row, "pack": (s["name"], row["pack"]), "split": s["split"]}
+            {**row, "pack": (s["name"], row["pack"]), "split": s["split"], "window": s["plan"]}
             for s in summary["shards"]
-            for row in pq.read_table(directory / s["name"]).to_pylist()
+            for row in read_shard_plan(directory / s["plan"], s["row_group"]).to_pylist()
         ]
-        self.rejects = pq.read_table(directory / "rejects.parquet").to_pylist()
+        rejects = sorted(directory.glob("*.rejects.parquet"))
+        self.rejects = [row for path in rejects for row in pq.read_table(path).to_pylist()]
 
     def packs(self) -> dict[Any, list[dict[str, Any]]]:
         """Pieces by (shard, pack), in the order of the files."""
@@ -84,6 +83,21 @@ class Planned:
     def members(self) -> set[frozenset[str]]:
         return {frozenset(piece["key"] for piece in pack) for pack in self.packs().values()}
 
+    def uses(self, source: str = "web") -> Counter[str]:
+        """How often each sample of a source is in the plan, its parts counted once."""
+        own = (piece for piece in self.pieces if piece["source"] == source and piece["part"] == 0)
+        return Counter(piece["key"] for piece in own)
+
+    def counts(self, source: str = "web", *kinds: str) -> Any:
+        line = self.summary["sources"][source]
+        return tuple(line[kind] for kind in kinds or ("whole", "split", "parts"))
+
+
+def run(function: Any, tasks: Sequence[Any], *, label: str, total: int) -> list[Any]:
+    """One task after another, each with what a worker would get: pickled arguments."""
+    executor = SerialExecutor(0)
+    return list(executor.map(function, [pickle.loads(pickle.dumps(task)) for task in tasks]))
+
 
 def plan(
     directory: Path,
@@ -91,14 +105,21 @@ def plan(
     budget: Budget = BUDGET,
     seed: int = 0,
     too_long: Any = "split",
+    content: Mapping[str, int] | None = None,
+    rules: Mapping[str, Mapping[str, Any]] | None = None,
+    run: Any = run,
     **options: Any,
 ) -> Planned:
-    """`samples` by source."""
+    """`samples` by source, one file each, or by source/file. `rules`: settings of sources."""
     units = []
     for name, own in samples.items():
-        units.append(IndexedUnit(name, f"{name}.tar", directory / "index" / name))
-        write_index(units[-1].path, own)
-    sources = {name: SourceConfig(paths=("x",), too_long=too_long) for name in samples}
+        source, _, file = name.partition("/")
+        units.append(IndexedUnit(source, f"{name}.tar", directory / "index" / source / f"{file or 0}.parquet"))
+        write_index(units[-1].path, own, content)
+    sources = {
+        unit.source: SourceConfig(paths=("x",), too_long=too_long, **(rules or {}).get(unit.source, {}))
+        for unit in units
+    }
     output = directory / "plan"
     summary = make_plan(
         units,
@@ -109,6 +130,7 @@ def plan(
         ids=IDS,
         config=PlanConfig(**options),
         seed=seed,
+        run=run,
     )
     return Planned(output, summary)
 
@@ -122,8 +144,7 @@ def captioned(count: int, seed: int = 0) -> dict[str, Sequence[Segment]]:
 
 
 def patches_of(piece: Mapping[str, Any]) -> list[int]:
-    images = [s["t"] * s["h"] * s["w"] for s in piece["segments"] if s["kind"] == IMAGE]
-    return images[piece["first_image"] : piece["last_image"]]
+    return [s["t"] * s["h"] * s["w"] for s in piece["segments"] if s["kind"] == IMAGE]
 
 
 def test_every_sample_is_in_one_pack_and_no_budget_is_broken(tmp_path: Path) -> None:
@@ -142,9 +163,9 @@ def test_every_sample_is_in_one_pack_and_no_budget_is_broken(tmp_path: Path) -> 
 
 def test_a_plan_file_holds_the_segments_as_the_index_has_them(tmp_path: Path) -> None:
     (piece,) = plan(tmp_path, {"web": {"k": [image(2, 4), text(9)]}}).pieces
-    expected = {"kind": IMAGE, "offset": 0, "size": 100, "tokens": 4, "height": 0, "width": 0}
+    expected = {"kind": IMAGE, "file": "x.tar", "offset": 0, "size": 100, "tokens": 4, "height": 8, "width": 9}
     assert piece["segments"][0] == {**expected, "t": 1, "h": 2, "w": 4}
-    assert piece["segments"][1]["tokens"] == 9 and piece["segments"][1]["offset"] == 512
+    assert piece["segments"][1]["tokens"] == 9 and piece["segments"][1]["kind"] == TEXT
     # bos + 4 + 9 + eos
     assert (piece["source"], piece["unit"], piece["key"]) == ("web", "web.tar", "k")
     assert (piece["part"], piece["parts"], piece["start"], piece["end"]) == (0, 1, 0, 15)
@@ -196,7 +217,7 @@ def test_the_validation_split_depends_on_keys_alone(tmp_path: Path) -> None:
     assert chosen(alone) < chosen(larger)
     assert 50 <= len(chosen(alone)) <= 110  # binomial: 80 +- 8
     assert {p["key"] for p in alone.pieces if p["split"] == "train"} == set(web) - chosen(alone)
-    names = {s["name"].rpartition("-")[0] for s in alone.summary["shards"]}
+    names = {s["name"].partition("-")[0] for s in alone.summary["shards"]}
     assert names == {"train", "validation"}
 
 
@@ -220,15 +241,15 @@ def test_a_sample_longer_than_a_pack_has_all_its_parts_in_the_plan_and_in_one_sp
             (3, 4, 150, 200),
         ]
         assert len({p["split"] for p in parts}) == 1
-    assert planned.summary["sources"] == {"web": {"whole": 20, "split": 30, "parts": 120}}
+    assert planned.counts() == (20, 30, 120)
     assert planned.rejects == []
 
 
 def test_images_that_need_too_many_rows_are_cut_by_images(tmp_path: Path) -> None:
     # Five of 32 patches fill a row each; N = 2 rows in a part. Begin, end and 8 tokens for each: 10.
     (first, second, third) = plan(tmp_path, {"web": {"k": [image(4, 8)] * 5}}).pieces
-    parts = sorted((p["part"], p["first_image"], p["last_image"]) for p in (first, second, third))
-    assert parts == [(0, 0, 2), (1, 2, 4), (2, 4, 5)]
+    parts = sorted((p["part"], p["first_image"], len(p["rows"])) for p in (first, second, third))
+    assert parts == [(0, 0, 2), (1, 2, 2), (2, 4, 1)]
 
 
 def test_images_that_fit_only_in_document_order_are_packed(tmp_path: Path) -> None:
@@ -252,8 +273,9 @@ def test_what_may_not_be_cut_is_rejected_by_the_name_of_the_budget(
 ) -> None:
     planned = plan(tmp_path, {"chat": {"k": segments, "good": [text(3)]}}, too_long="reject")
     assert [p["key"] for p in planned.pieces] == ["good"]
-    assert planned.rejects == [{"source": "chat", "key": "k", "part": -1, "reason": reason, "detail": detail}]
-    assert planned.summary["sources"] == {"chat": {"whole": 1, "split": 0, "parts": 0}}
+    expected = {"source": "chat", "key": "k", "part": -1, "media": -1, "reason": reason, "detail": detail}
+    assert planned.rejects == [expected]
+    assert planned.counts("chat") == (1, 0, 0) and planned.summary["sources"]["chat"]["rejected"] == {reason: 1}
 
 
 @pytest.mark.parametrize(
@@ -275,10 +297,8 @@ def test_samples_rejected_by_the_scan_are_not_planned(tmp_path: Path) -> None:
     samples = {"a": "image_empty", "b": [text(3)], "c": "no_caption"}
     planned = plan(tmp_path, {"web": samples, "none": {}})
     assert [p["key"] for p in planned.pieces] == ["b"]
-    assert planned.summary["sources"] == {
-        "web": {"whole": 1, "split": 0, "parts": 0},
-        "none": {"whole": 0, "split": 0, "parts": 0},
-    }
+    assert planned.counts() == (1, 0, 0) and planned.counts("none") == (0, 0, 0)
+    assert planned.rejects == []  # they are told by the scan
 
 
 def payload(planned: Planned) -> dict[str, int]:
@@ -297,7 +317,7 @@ def test_shards_are_cut_to_the_bytes_asked_for_within_one_pack(tmp_path: Path) -
     largest_pack = 12 * BUDGET.S + BUDGET.N * BUDGET.L * GEOMETRY.values_per_patch
     assert max(sizes.values()) - min(sizes.values()) <= largest_pack
     names = [shard["name"] for shard in planned.summary["shards"]]
-    assert names == [f"train-{number:05d}.parquet" for number in range(len(names))]
+    assert names == [f"train-000000-{number:03d}.parquet" for number in range(len(names))]
     for shard in planned.summary["shards"]:
         packs = [key for key in planned.packs() if key[0] == shard["name"]]
         assert [number for _, number in packs] == list(range(shard["packs"]))  # sorted, none empty

@@ -1,0 +1,114 @@
+"""What the parts of the plan share: the settings of a task, its inputs, the schema of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocess.config import PlanConfig
+from preprocess.samples import SEGMENTS_TYPE
+from shared.errors import UserError
+from shared.geometry import Budget, Geometry
+from shared.tokens import TokenIds
+
+PLAN_SUMMARY = "plan.json"
+TRAIN, VALIDATION = SPLITS = ("train", "validation")
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+# One row per piece, sorted by shard and pack. `pack`: number within its shard. `index`: its unit's index file below
+# index/. `copy`: which use of a repeated sample. `segments`: those of the piece, texts cut to it
+# (`stream.clip_segments`). `length`: tokens of the whole sample. `rows`: the vision rows of its images.
+PLAN_SCHEMA = pa.schema(
+    [
+        ("pack", pa.int32()),
+        ("source", pa.string()),
+        ("index", pa.string()),
+        ("unit", pa.string()),
+        ("key", pa.string()),
+        ("copy", pa.int32()),
+        ("part", pa.int32()),
+        ("parts", pa.int32()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("length", pa.int64()),
+        ("first_image", pa.int32()),
+        ("rows", pa.list_(pa.int32())),
+        ("segments", SEGMENTS_TYPE),
+    ]
+)
+
+
+def read_shard_plan(path: Path, row_group: int) -> pa.Table:
+    """The pieces of one shard, PLAN_SCHEMA.
+
+    Raises:
+        UserError: the plan file is missing or damaged.
+    """
+    mend = "delete the plan/ directory and run again, it will be planned again"
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read_row_group(row_group, use_threads=False).cast(PLAN_SCHEMA)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {mend}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged ({error}); {mend}") from None
+
+
+class Run(Protocol):
+    """Runs a function over tasks, on whatever the job runs on; results in order of completion."""
+
+    def __call__(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], *, label: str, total: int
+    ) -> list[Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlanUnit:
+    """An index file. `first_row`: the number of its first row among the rows of all index files."""
+
+    source: str
+    unit: str
+    path: Path
+    first_row: int
+
+    @property
+    def place(self) -> str:
+        """Its path below index/."""
+        return f"{self.source}/{self.path.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """What every task of a plan needs beside its rows."""
+
+    output: Path
+    budget: Budget
+    geometry: Geometry
+    ids: TokenIds
+    config: PlanConfig
+    seed: int
+    too_long: Mapping[str, Literal["split", "reject"]]
+    # One bit per row of all index files, set for dropped duplicates; None where none are dropped.
+    dropped: Path | None
+
+
+def is_validation(key_hash_n: npt.NDArray[np.uint64], fraction: float) -> Mask:
+    """By a hash of the key alone: the same whatever else is in the run."""
+    return (key_hash_n >> 32) < fraction * 2**32
+
+
+def kept_rows(dropped: Path | None, first: int, count: int) -> Mask:
+    """Which of the rows [first, first + count) of all index files are no dropped duplicates."""
+    if dropped is None:
+        return np.ones(count, bool)
+    bits = np.memmap(dropped, np.uint8, "r")[first // 8 : -(-(first + count) // 8)]
+    return np.unpackbits(bits, bitorder="little")[first % 8 :][:count] == 0
