@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 Pixels = npt.NDArray[np.uint8]
 Transform = ImageCms.ImageCmsTransform
@@ -35,6 +35,19 @@ def profile_of(picture: Image.Image) -> Transform | None:
     """The conversion of the picture's colours to sRGB that its profile asks for; None where it asks for none."""
     profile = picture.info.get("icc_profile")
     return _transform(profile, picture.mode) if isinstance(profile, bytes) and profile else None
+
+
+def scale_clear_colour(picture: Image.Image) -> None:
+    """Before the picture is loaded: Pillow compares the clear colour of a PNG, as the file has it, with pixels that
+    it has brought to 8 bits. Of 16 bits per colour it keeps the upper 8, so nearest neighbours become clear too.
+    """
+    if not isinstance(picture, PngImagePlugin.PngImageFile) or not picture.tile:
+        return
+    clear, rawmode = picture.info.get("transparency"), picture.tile[0].args
+    if rawmode in ("L;2", "L;4") and isinstance(clear, int):
+        picture.info["transparency"] = clear * (85 if rawmode == "L;2" else 17)
+    elif rawmode == "RGB;16B" and isinstance(clear, tuple):
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
 def has_alpha(picture: Image.Image) -> bool:

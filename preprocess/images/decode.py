@@ -11,10 +11,10 @@ from contextlib import nullcontext
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from preprocess.config import ImageLimits
-from preprocess.images.colour import Pixels, Transform, opaque
+from preprocess.images.colour import Pixels, Transform, opaque, scale_clear_colour
 from preprocess.images.errors import pillow_limit, quiet_stderr, reject_as
 
 # Made opaque at a time: every step of that has a copy, of 16 MB with this.
@@ -49,12 +49,21 @@ def decode_pixels(
             return pixels_hwc, scale
     quiet = quiet_stderr() if picture.format == "TIFF" else nullcontext()
     with reject_as("image_corrupt", io.BytesIO(data)), pillow_limit(limits.max_pixels), quiet:
+        scale_clear_colour(picture)
         picture.load()
         pixels_hwc = _in_bands(picture, background, profile)
-    # Pillow takes every CMYK JPEG for one of Adobe's, which hold the paper that shows instead of the ink.
-    if picture.format == "JPEG" and picture.mode == "CMYK" and "adobe" not in picture.info:
-        pixels_hwc = 255 - pixels_hwc
-    return pixels_hwc, 1
+    return (255 - pixels_hwc if _is_negative(picture) else pixels_hwc), 1
+
+
+def _is_negative(picture: Image.Image) -> bool:
+    """Whether Pillow gives dark for light: it takes every CMYK JPEG for one of Adobe's, which hold the paper that
+    shows instead of the ink, and every TIFF of 16-bit grey for one in which 0 is black."""
+    if picture.format == "JPEG":
+        return picture.mode == "CMYK" and "adobe" not in picture.info
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        white_is_zero = picture.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        return white_is_zero and picture.mode.startswith("I;16")
+    return False
 
 
 def _turbo(data: bytes | memoryview, size: tuple[int, int], scale: int) -> Pixels | None:

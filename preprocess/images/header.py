@@ -75,7 +75,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         raise ImageError("image_side_too_short", f"{size}, limit {limits.min_side}")
     if long > limits.max_aspect * short:
         raise ImageError(
-            "image_too_elongated", f"{size}, {long / short:.0f} : 1, limit {limits.max_aspect:g}"
+            "image_too_elongated", f"{size}, {long / short:.4g} : 1, limit {limits.max_aspect:g}"
         )
 
 

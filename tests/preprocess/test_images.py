@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps, WebPImagePlugin
 
-from preprocess import images
-from preprocess.config import ImageLimits
-from preprocess.images import Header, ImageError, read_header, resize
+from preprocess.config import ImageConfig, ImageLimits
+from preprocess.images import Header, ImageError, load_image, read_header, resize
 from shared.geometry import Geometry
 from tests.preprocess.inputs import encode, noise, png
 from tests.preprocess.reference import pillow_resized
@@ -34,12 +34,22 @@ LIMITS = ImageLimits()
 ORIENTATION = 0x0112
 
 
-def header_of(data: bytes) -> Header:
-    return read_header(io.BytesIO(data), max_pixels=LIMITS.max_pixels, max_bytes=LIMITS.max_bytes)
+# One patch per pixel: a picture is as large afterwards as before.
+PIXELS = Geometry(patch_size=1, merge=1, max_patches_per_image=1 << 26)
 
 
-def decode(data: bytes) -> npt.NDArray[np.uint8]:
-    return images.decode(data, max_pixels=LIMITS.max_pixels)
+def header_of(data: bytes, limits: ImageLimits = LIMITS) -> Header:
+    return read_header(io.BytesIO(data), limits=limits)
+
+
+def decode(
+    data: bytes | memoryview, config: ImageConfig | None = None, limits: ImageLimits = LIMITS
+) -> npt.NDArray[np.uint8]:
+    """All pixels, as `load_image` gives them when there is nothing to resize."""
+    header = header_of(bytes(data), limits)
+    size = (header.height, header.width)
+    config = config or ImageConfig()
+    return load_image(data, size=size, grid=size, geometry=PIXELS, limits=limits, config=config)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -160,6 +170,65 @@ def palette_picture() -> Image.Image:
     return picture
 
 
+def test_what_is_clear_shows_the_background() -> None:
+    # 102 / 255 = 2/5: 200 * 2/5 + 50 * 3/5 = 110, 0 -> 30, 40 * 2/5 + 250 * 3/5 = 166
+    data = encode(one_row("RGBA", (200, 0, 40, 102), (200, 0, 40, 0)))
+    pixels = decode(data, ImageConfig(background="#3232fA"))
+    assert pixels[0].tolist() == [[110, 30, 166], [50, 50, 250]]
+
+
+@pytest.mark.parametrize("background", ["white", "#fff", "ffffff", "#fffffg", "#ffffff "])
+def test_a_background_that_is_no_colour_is_an_error(background: str) -> None:
+    with pytest.raises(ValueError, match="#rrggbb"):
+        ImageConfig(background=background)
+
+
+def png_file(width: int, depth: int, colour: int, row: bytes, clear: bytes) -> bytes:
+    """One row of a PNG, written byte by byte: Pillow writes neither these depths nor these clear colours."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "clear", "expected"),
+    [
+        # 2 bits: 0, 1, 2, 3 are 0, 85, 170, 255; 1 is clear.
+        pytest.param(2, bytes([0b00_01_10_11]), 1, [0, 255, 170, 255], id="2 bits"),
+        # 4 bits: 0, 7, 8, 15 are 0, 119, 136, 255; 7 is clear.
+        pytest.param(4, bytes([0x07, 0x8F]), 7, [0, 255, 136, 255], id="4 bits"),
+    ],
+)
+def test_the_clear_grey_of_a_png_with_few_bits_is_white(
+    depth: int, row: bytes, clear: int, expected: list[int]
+) -> None:
+    data = png_file(4, depth, 0, row, struct.pack(">H", clear))
+    assert decode(data)[0, :, 0].tolist() == expected
+
+
+def test_the_clear_colour_of_a_sixteen_bit_png_is_white() -> None:
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1334, 0x5678, 0x9ABC)
+    data = png_file(2, 16, 2, row, struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
+    assert decode(data)[0].tolist() == [[255, 255, 255], [0x13, 0x56, 0x9A]]
+
+
+def test_sixteen_bit_rgb_keeps_its_upper_eight_bits() -> None:
+    row = struct.pack(">6H", 65535, 0, 0x80FF, 0x0100, 0x00FF, 0xFE00)
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+    assert decode(data)[0].tolist() == [[255, 0, 0x80], [1, 0, 0xFE]]
+
+
+def test_a_tiff_in_which_zero_is_white_is_no_negative() -> None:
+    for values, dark_to_light in (
+        (np.array([[65535, 32639, 0]], np.uint16), [0, 128, 255]),  # (65535 - 32639) / 257 = 128
+        (np.array([[255, 127, 0]], np.uint8), [255, 127, 0]),  # of 8 bits Pillow writes what it reads
+    ):
+        data = encode(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+        assert decode(data)[0, :, 0].tolist() == dark_to_light
+
+
 @pytest.mark.parametrize(
     ("kind", "transparency", "expected"),
     [
@@ -198,7 +267,7 @@ def test_bands_of_any_height_give_the_same_pixels(orientation: int, monkeypatch:
     ]
     whole = [decode(data) for data in pictures]
     for pixels in (1, 10, 15):  # bands of 1, 2 and 3 rows of 5
-        monkeypatch.setattr(images, "_BAND_PIXELS", pixels)
+        monkeypatch.setattr("preprocess.images.decode.BAND_PIXELS", pixels)
         for data, expected in zip(pictures, whole, strict=True):
             np.testing.assert_array_equal(decode(data), expected)
 
@@ -230,25 +299,55 @@ def test_an_animation_is_its_first_frame() -> None:
     assert (decode(data) == 40).all()
 
 
-def test_limits_are_exact_and_name_their_reason() -> None:
+@pytest.mark.parametrize(
+    ("limit", "allowed", "refused", "reason", "detail"),
+    [
+        ("max_pixels", 120, 119, "image_too_many_pixels", "12 x 10 pixels, limit 119"),
+        ("max_bytes", len(png(10, 12)), 50, "image_too_many_bytes", "bytes, limit 50"),
+        ("max_side", 12, 11, "image_side_too_long", "12 x 10 pixels, limit 11"),
+        ("min_side", 10, 11, "image_side_too_short", "12 x 10 pixels, limit 11"),
+        ("max_aspect", 1.2, 1.19, "image_too_elongated", "12 x 10 pixels, 1.2 : 1, limit 1.19"),
+    ],
+)
+def test_limits_are_exact_and_name_their_reason(
+    limit: str, allowed: float, refused: float, reason: str, detail: str
+) -> None:
     data = png(10, 12)
-    bounds = {"max_pixels": 120, "max_bytes": len(data)}
-    assert read_header(io.BytesIO(data), **bounds) == Header(10, 12)
-    for bound, reason in (
-        ("max_pixels", "image_too_many_pixels"),
-        ("max_bytes", "image_too_many_bytes"),
-    ):
-        with pytest.raises(ImageError, match=f"limit {bounds[bound] - 1}") as caught:
-            read_header(io.BytesIO(data), **{**bounds, bound: bounds[bound] - 1})
-        assert caught.value.reason == reason
+    assert header_of(data, ImageLimits(**{limit: allowed})) == Header(10, 12)
+    with pytest.raises(ImageError, match=detail) as caught:
+        header_of(data, ImageLimits(**{limit: refused}))
+    assert caught.value.reason == reason
 
 
-def test_the_decode_holds_the_size_that_it_opens_against_the_limit() -> None:
+def test_the_pack_holds_the_size_that_it_opens_against_the_limits_and_the_scan() -> None:
     data = png(10, 12)
-    assert images.decode(data, max_pixels=120).shape == (10, 12, 3)
+    load = partial(load_image, data, grid=(10, 12), geometry=PIXELS, config=ImageConfig())
+    assert load(size=(10, 12), limits=ImageLimits(max_pixels=120)).shape == (10, 12, 3)
     with pytest.raises(ImageError, match="12 x 10 pixels, limit 119") as caught:
-        images.decode(data, max_pixels=119)
+        load(size=(10, 12), limits=ImageLimits(max_pixels=119))
     assert caught.value.reason == "image_too_many_pixels"
+    with pytest.raises(ImageError, match="12 x 10 pixels, 10 x 12 in the scan") as caught:
+        load(size=(12, 10), limits=LIMITS)
+    assert caught.value.reason == "image_corrupt"
+
+
+def test_a_view_of_a_mapped_file_is_decoded_like_bytes() -> None:
+    for data in (png(10, 12), encode(noise(1, 10, 12), "JPEG")):
+        np.testing.assert_array_equal(decode(memoryview(data)), decode(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_side": 0}, "max_side must be at least 1"),
+        ({"min_side": 20, "max_side": 19}, "max_side 19 is below min_side 20"),
+        ({"max_aspect": 0.5}, "max_aspect must be at least 1"),
+        ({"max_seconds": 0}, "max_seconds must be above 0"),
+    ],
+)
+def test_a_limit_that_leaves_no_picture_is_an_error(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageLimits(**change)  # type: ignore[arg-type]
 
 
 def test_a_canvas_beyond_twice_the_limit_is_refused_before_there_is_memory_for_it(
@@ -260,15 +359,13 @@ def test_a_canvas_beyond_twice_the_limit_is_refused_before_there_is_memory_for_i
     before = Image.MAX_IMAGE_PIXELS
     data = encode(noise(8, 20, 20), "WEBP")
     monkeypatch.setattr(WebPImagePlugin._webp, "WebPAnimDecoder", refuse)
-    for read in (lambda: images.decode(data, max_pixels=199), lambda: header_within(data, max_pixels=199)):
+    limits = ImageLimits(max_pixels=199)
+    load = partial(load_image, data, size=(20, 20), grid=(20, 20), geometry=PIXELS, config=ImageConfig())
+    for read in (lambda: load(limits=limits), lambda: header_of(data, limits)):
         with pytest.raises(ImageError) as caught:
             read()
         assert caught.value.reason == "image_too_many_pixels"
     assert before == Image.MAX_IMAGE_PIXELS is not None  # of others who use Pillow in this process
-
-
-def header_within(data: bytes, max_pixels: int) -> Header:
-    return read_header(io.BytesIO(data), max_pixels=max_pixels, max_bytes=LIMITS.max_bytes)
 
 
 def test_an_icon_is_refused_because_opening_it_decodes_it() -> None:
@@ -286,7 +383,7 @@ def test_a_shortage_of_memory_and_a_failing_disk_are_no_faults_of_the_picture(
 
     data = png(10, 12)
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_to_rgb", fail)
+        patch.setattr("preprocess.images.decode.opaque", fail)
         with pytest.raises(type(error)):
             decode(data)
     monkeypatch.setattr(Image, "open", fail)
@@ -337,6 +434,7 @@ TOO_LARGE = {
     "badwidth.bmp",
     "16384x16384.png",
 }
+TOO_ELONGATED = {"940x2.png", "one_row_700x1.png", "strip_tall.png", "strip_wide.jpg"}
 CORRUPT = {
     "truncated.jpg",
     "truncated.png",
@@ -369,6 +467,8 @@ def test_every_hostile_picture_decodes_to_its_header_or_is_rejected_with_the_rig
         if name in UNREADABLE
         else "image_too_many_pixels"
         if name in TOO_LARGE
+        else "image_too_elongated"
+        if name in TOO_ELONGATED
         else "image_corrupt"
         if name in CORRUPT
         else "decoded"
@@ -451,8 +551,9 @@ def test_a_damaged_picture_is_rejected_or_decoded_whole_and_never_fails_otherwis
                 for place in places.tolist():
                     broken[place] = rng.integers(0, 256)
             try:
-                header = read_header(io.BytesIO(broken), max_pixels=10_000, max_bytes=1 << 20)
-                assert decode(bytes(broken)).shape == (header.height, header.width, 3)
+                limits = ImageLimits(max_pixels=10_000)
+                header = header_of(bytes(broken), limits)
+                assert decode(bytes(broken), limits=limits).shape == (header.height, header.width, 3)
             except ImageError:
                 pass
 
