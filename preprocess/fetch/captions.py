@@ -44,7 +44,7 @@ async def fetch_captions(chunk: Chunk, config: CaptionsInput, client: Client, pa
     wanted: defaultdict[str, list[_Sample]] = defaultdict(list)
     for sample in _samples(chunk, config, result):
         wanted[sample.url].append(sample)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
 
         def store(url: str, outcome: Body | Failure) -> None:
             for sample in wanted[url]:

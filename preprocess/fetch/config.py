@@ -87,7 +87,7 @@ class HttpConfig:
 
     # Say who is asking and where complaints go.
     user_agent: str = "Mozilla/5.0 (compatible; parquetry/0.1; fetches pictures for model training)"
-    connections: int = 128
+    connections: int = 256
     connections_per_host: int = 4
     # From the first packet to the last of the handshake, the look-up of the name included.
     connect_timeout_s: float = 10.0
