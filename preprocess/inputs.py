@@ -1,4 +1,9 @@
-"""Raw files: patterns, ranges of bytes, and what tells that a file has changed."""
+"""Raw files, on this machine or in a store: patterns, ranges of bytes, and what tells that a file has changed.
+
+A path is local, or a URI (`shared.remote`). Files of this machine are read with `pread`, so that any number of
+readers share one descriptor; objects are read by range, one request each, several at a time where many are asked
+for. Nothing is cached: a scan reads a file once from its start, and a pack asks for each picture once.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +12,85 @@ import glob
 import gzip
 import io
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
+from preprocess.samples import Place
+from shared import remote
 from shared.errors import UserError
+from shared.remote import is_remote, shown
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+T = TypeVar("T")
+Read = Callable[[Place], bytes]
+
+# Requests under way at a time, and not more than a store's client keeps connections for. A picture of 100 KB
+# takes 20 to 100 ms to arrive, nearly all of it waiting.
+REQUESTS = 32
+# Where an object is read from its start: a request per this much.
+STREAM_BYTES = 4 << 20
+
 
 def expand_paths(name: str, paths: Sequence[str]) -> list[str]:
-    """The files that paths and patterns name, sorted, each once.
+    """The files that paths, URIs and patterns of both name, sorted, each once.
 
     Raises:
         UserError: a path does not exist or a pattern matches nothing; `name` is the source whose paths these are.
     """
     files: set[str] = set()
     for path in paths:
-        found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+        found = _matches(name, path)
         if not found:
             raise UserError(
-                f"source {name!r}: pattern {path!r} matches no file; correct sources.{name}.paths"
+                f"source {name!r}: pattern {shown(path)!r} matches no file; correct sources.{name}.paths"
             )
-        for entry in found:
-            if not Path(entry).is_file():
-                raise UserError(f"source {name!r}: {entry}: no such file; correct sources.{name}.paths")
-            files.add(entry)
+        files.update(found)
     return sorted(files)
 
 
+def _matches(name: str, path: str) -> list[str]:
+    if is_remote(path):
+        signed = path.startswith("http") and "*" not in path.partition("?")[0]
+        try:
+            if not signed and glob.has_magic(path):
+                return remote.find(path)
+            remote.state_of(path)
+        except UserError as error:
+            raise UserError(f"source {name!r}: {error} (sources.{name}.paths)") from None
+        return [path]
+    found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+    for entry in found:
+        if not Path(entry).is_file():
+            raise UserError(f"source {name!r}: {entry}: no such file; correct sources.{name}.paths")
+    return found
+
+
+def file_states(paths: Sequence[str]) -> list[list[int | str]]:
+    """Size and time of change of each, or what a store tells instead: what differs when a file was written again."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(file_state, paths))
+
+
 def file_state(path: str) -> list[int | str]:
-    """Size and time of change: what differs when a file was written again."""
+    if is_remote(path):
+        state = remote.state_of(path)
+        return [state.size, state.version]
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns]
 
 
 def open_input(path: str) -> BinaryIO:
-    """A raw file, to be read from its start."""
-    return open(path, "rb")
+    """A raw file, to be read from its start; seekable."""
+    if not is_remote(path):
+        return open(path, "rb")
+    return io.BufferedReader(_RawSpan(path, 0, remote.state_of(path).size), STREAM_BYTES)
 
 
 def open_stream(path: str) -> BinaryIO:
@@ -63,20 +107,85 @@ def open_stream(path: str) -> BinaryIO:
     return file
 
 
+@contextmanager
+def local_copy(path: str) -> Generator[str, None, None]:
+    """A file of this machine with the content of a raw file: itself, or a copy that goes with the block.
+
+    For what is read more than once from here and there. The copy lies in the directory for temporary files (TMPDIR).
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="parquetry-") as file:
+        remote.download(path, Path(file.name))
+        yield file.name
+
+
 def read_range(path: str, offset: int, size: int) -> bytes:
     """Bytes [offset, offset + size) of a raw file; any number of readers may share it.
 
     Raises:
         UserError: the file is gone or has become shorter.
+        OSError: it cannot be read now; the executor tries again.
     """
+    if is_remote(path):
+        data = remote.read_range(path, offset, size)
+        if len(data) != size:
+            raise _shrunk(path)
+        return data
     pieces: list[bytes] = []
     end = offset + size
     while offset < end:  # one call returns at most 2 GiB
         pieces.append(os.pread(open_cached(path).fileno(), end - offset, offset))
         if not pieces[-1]:
-            raise UserError(f"{path} is shorter than at the scan; run again with --on_change rebuild")
+            raise _shrunk(path)
         offset += len(pieces[-1])
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _shrunk(path: str) -> UserError:
+    return UserError(f"{shown(path)} is shorter than at the scan; run again with --on_change rebuild")
+
+
+def read_ahead(items: Iterable[T], places: Callable[[T], Sequence[Place]]) -> Iterator[tuple[T, Read]]:
+    """Each item, with a function that reads its places: those in stores are asked for while the item before is
+    worked on, so that their latency hides. At most the bytes of two items are held.
+
+    Places on this machine are read when asked for: the kernel reads ahead by itself.
+    """
+    pool: ThreadPoolExecutor | None = None
+
+    def begin(item: T) -> dict[Place, Future[bytes]]:
+        nonlocal pool
+        distant = {place for place in places(item) if is_remote(place.file)}
+        if distant and pool is None:
+            pool = ThreadPoolExecutor(REQUESTS)
+        return {place: pool.submit(read_range, *_parts(place)) for place in distant} if pool else {}
+
+    waiting: tuple[T, dict[Place, Future[bytes]]] | None = None
+    try:
+        for item in items:
+            following = (item, begin(item))
+            if waiting:
+                yield waiting[0], _reader(waiting[1])
+            waiting = following
+        if waiting:
+            yield waiting[0], _reader(waiting[1])
+    finally:
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _reader(fetched: dict[Place, Future[bytes]]) -> Read:
+    def read(place: Place) -> bytes:
+        future = fetched.get(place)
+        return future.result() if future else read_range(*_parts(place))
+
+    return read
+
+
+def _parts(place: Place) -> tuple[str, int, int]:
+    return place.file, place.offset, place.size
 
 
 def open_cached(path: str) -> io.FileIO:
@@ -101,7 +210,7 @@ class Span(io.BufferedReader):
     """Bytes [offset, offset + size) of a raw file as a file of their own, read when asked for."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
-        super().__init__(_RawSpan(open_cached(path), offset, size))
+        super().__init__(_RawSpan(path, offset, size))
         self._size = size
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -110,8 +219,9 @@ class Span(io.BufferedReader):
 
 
 class _RawSpan(io.RawIOBase):
-    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._position = file, offset, size, 0
+    def __init__(self, path: str, offset: int, size: int) -> None:
+        self._path, self._offset, self._size, self._position = path, offset, size, 0
+        self._file = None if is_remote(path) else open_cached(path)
 
     def readable(self) -> bool:
         return True
@@ -131,8 +241,15 @@ class _RawSpan(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = os.preadv(self._file.fileno(), [view], self._offset + self._position) if view else 0
+        count = self._fill(view, self._offset + self._position) if view else 0
         if view and not count:
-            raise OSError(errno.EIO, "shorter than when its headers were read", str(self._file.name))
+            raise OSError(errno.EIO, "shorter than when its headers were read", shown(self._path))
         self._position += count
         return count
+
+    def _fill(self, view: memoryview, offset: int) -> int:
+        if self._file is not None:
+            return os.preadv(self._file.fileno(), [view], offset)
+        data = remote.read_range(self._path, offset, len(view))
+        view[: len(data)] = data
+        return len(data)

@@ -43,6 +43,8 @@ from shared.tokens import TextTokenizer, TokenNames, Tokens, load_tokenizer
 BATCH_SAMPLES = 1024
 BATCH_CHARACTERS = 1 << 20
 MAX_TEXT_BYTES = 4 << 20
+# Pictures without a place wait in memory for their batch.
+BATCH_MEDIA_BYTES = 64 << 20
 # Reading the next record may mean reading a row group from a distant store: it may take this many times longer
 # than the work on one picture.
 DRAW_PATIENCE = 20.0
@@ -75,7 +77,8 @@ def scan_unit(task: ScanUnit) -> dict[str, Any]:
         UserError: the unit or the tokenizer cannot be read.
     """
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
-    source = open_source(task.config, SourceContext(task.source, task.tokenizer, task.tokens))
+    context = SourceContext(task.source, task.tokenizer, task.tokens, task.limits.max_bytes)
+    source = open_source(task.config, context)
     with open_index(task.output) as index:
         for batch in _batches(_draw(source.scan(task.unit), task), task.crashed is not None):
             drafts = [_draft(entry, number, task, index) for number, entry in batch]
@@ -114,15 +117,21 @@ def _draw(entries: Iterator[RawSample | Reject], task: ScanUnit) -> Iterator[Ent
 
 def _batches(entries: Iterable[Entry], single: bool) -> Iterator[list[Entry]]:
     batch: list[Entry] = []
-    characters = 0
+    characters = held = 0
     for number, entry in entries:
         batch.append((number, entry))
         if isinstance(entry, RawSample):
             characters += sum(len(s.text) for s in entry.segments if isinstance(s, Text))
-        if single or len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS:
+            held += sum(
+                s.file.seek(0, io.SEEK_END)
+                for s in entry.segments
+                if isinstance(s, Media) and s.place is None
+            )
+        full = len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS or held >= BATCH_MEDIA_BYTES
+        if single or full:
             begin(NO_ITEM)
             yield batch
-            batch, characters = [], 0
+            batch, characters, held = [], 0, 0
     begin(NO_ITEM)
     if batch:
         yield batch

@@ -66,6 +66,8 @@ class SourceContext:
     name: str
     tokenizer: Path
     tokens: TokenNames
+    # Beyond it a picture is rejected by its size: what has to hold contents in memory need not hold such.
+    max_media_bytes: int = 64 << 20
 
 
 class Source(Protocol):

@@ -3,22 +3,32 @@
     000000001.jpg  000000001.txt  000000001.json   ->   [image, caption]
 
 The scan walks the tar headers and reads the captions; a picture's place in the tar is its own, and the pack
-reads it from there.
+reads it from there. Tars packed with gzip or zstd have no places: they are read through, and their pictures are
+copied beside the index (`tars`).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from preprocess.inputs import Span, expand_paths, open_cached, read_range
-from preprocess.samples import IMAGE, Media, Place, RawSample, Reject
-from preprocess.sources.base import BadFileError, SourceConfig, SourceContext
+from preprocess.inputs import Span, expand_paths, local_copy, read_range
+from preprocess.samples import IMAGE, Media, Missing, Place, RawSample, Reject
+from preprocess.sources.base import SourceConfig, SourceContext
 from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
+from preprocess.sources.tars import (
+    WINDOW_KEYS,
+    Group,
+    Member,
+    compression_of,
+    walk_plain,
+    walk_stream,
+)
+from shared.remote import shown
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif jp2 j2k ppm pgm ico heic heif".split()
@@ -48,20 +58,12 @@ class WebDatasetConfig(SourceConfig):
             raise ValueError(f'caption must be "txt" or "json:FIELD", got {self.caption!r}')
 
 
-@dataclass(slots=True)
-class _Group:
-    """The members of one key, by lower-case extension: (offset, size)."""
-
-    key: str
-    repeated: bool
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-
 class WebDataset:
-    """A source of captioned images in plain tars (USTAR, PAX, GNU)."""
+    """A source of captioned images in tars (USTAR, PAX, GNU), plain or packed with gzip or zstd."""
 
     def __init__(self, config: WebDatasetConfig, context: SourceContext) -> None:
         self._name, self._paths = context.name, config.paths
+        self._max_media_bytes = context.max_media_bytes
         self._prompt, self._learn_prompt = config.prompt, config.learn_prompt
         self._field = config.caption.partition(":")[2]
         self._caption = "json" if self._field else "txt"
@@ -70,28 +72,49 @@ class WebDataset:
         return expand_paths(self._name, self._paths)
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
-        groups, damage = _read_headers(unit)
-        for group in groups:
-            yield self._sample(unit, group)
+        rest = f"{os.path.basename(shown(unit))}#rest"
+        if codec := compression_of(unit):
+            for group in walk_stream(unit, codec, self._wanted):
+                if isinstance(group, Group):
+                    yield self._sample(unit, None, group)
+                else:
+                    yield self._reject(rest, "archive_damaged", group)
+            return
+        with local_copy(unit) as path:
+            groups, damage = walk_plain(unit, path)
+            for group in groups:
+                yield self._sample(unit, path, group)
         if damage:
-            yield self._reject(f"{os.path.basename(unit)}#rest", "archive_damaged", damage)
+            yield self._reject(rest, "archive_damaged", damage)
 
-    def _sample(self, unit: str, group: _Group) -> RawSample | Reject:
-        if group.repeated:
+    def _wanted(self, extension: str) -> int:
+        """Up to which size a member of a stream is kept."""
+        if extension in IMAGE_EXTENSIONS:
+            return self._max_media_bytes
+        return MAX_CAPTION_BYTES if extension == self._caption else -1
+
+    def _sample(self, unit: str, path: str | None, group: Group) -> RawSample | Reject:
+        """`path`: a file of this machine with the content of `unit`; None for a stream, whose members carry theirs."""
+        if group.fault == "repeated":
             return self._reject(group.key, "duplicate_key", "the tar holds this key twice; the first is used")
-        images = [place for name, place in group.members.items() if name in IMAGE_EXTENSIONS]
+        images = [member for name, member in group.members.items() if name in IMAGE_EXTENSIONS]
+        caption = group.members.get(self._caption)
+        if group.fault == "late":
+            reason = "duplicate_key" if images and caption else "members_apart"
+            return self._reject(
+                group.key, reason, f"more than {WINDOW_KEYS} keys behind the first of its key"
+            )
         if len(images) != 1:
             # A caption says nothing of which picture it belongs to.
             reason = "several_images" if images else "no_image"
             return self._reject(group.key, reason, f"members: {', '.join(group.members) or 'none'}")
-        image = images[0]
-        caption = group.members.get(self._caption)
         if caption is None:
             return self._reject(group.key, "no_caption", f"no .{self._caption} member")
-        if caption[1] > MAX_CAPTION_BYTES:
-            detail = f"{caption[1]} bytes, limit {MAX_CAPTION_BYTES}"
+        if caption.size > MAX_CAPTION_BYTES:
+            detail = f"{caption.size} bytes, limit {MAX_CAPTION_BYTES}"
             return self._reject(group.key, "caption_too_many_bytes", detail)
-        data = read_range(unit, *caption)
+        data = caption.data if path is None else read_range(path, caption.offset, caption.size)
+        assert data is not None, "a caption below the limit is kept"
         try:
             text = self._text(data)
         except UnicodeError as error:
@@ -101,10 +124,19 @@ class WebDataset:
         except KeyError as error:
             return self._reject(group.key, "no_caption", f"no text field {error} in the .json member")
         if not text.strip():
-            return self._reject(group.key, "caption_empty", f"{caption[1]} bytes of white space")
-        picture = Media(IMAGE, Span(unit, *image), Place(unit, *image))
+            return self._reject(group.key, "caption_empty", f"{caption.size} bytes of white space")
+        picture = self._picture(unit, path, images[0])
         segments = fill_prompt(self._prompt, picture, text, learn_prompt=self._learn_prompt)
         return RawSample(group.key, segments)
+
+    def _picture(self, unit: str, path: str | None, member: Member) -> Media | Missing:
+        if path is not None:
+            place = Place(unit, member.offset, member.size)
+            return Media(IMAGE, Span(path, member.offset, member.size), place)
+        if member.data is None:
+            detail = f"{member.size} bytes, limit {self._max_media_bytes}"
+            return Missing("image_too_many_bytes", detail)
+        return Media(IMAGE, io.BytesIO(member.data), None)
 
     def _text(self, data: bytes) -> str:
         """The caption in a member's bytes, without a byte order mark and outer white space."""
@@ -121,74 +153,3 @@ class WebDataset:
 
     def _reject(self, key: str, reason: str, detail: str) -> Reject:
         return Reject(self._name, key, reason, detail)
-
-
-def _read_headers(unit: str) -> tuple[list[_Group], str]:
-    """Members grouped by key in order of first appearance, and what stopped the walk ("" at a proper end).
-
-    Raises:
-        BadFileError: the file is not a plain tar at all.
-        OSError: it cannot be read now; the executor tries again.
-    """
-    groups: dict[str, _Group] = {}
-    repeats: list[_Group] = []
-    size = os.path.getsize(unit)
-    try:
-        with tarfile.open(unit, "r:") as tar:
-            try:
-                for member in tar:
-                    if member.size < 0:  # a header that leads back to itself would never end
-                        return [*groups.values(), *repeats], f"{member.name} has a size of {member.size}"
-                    if member.isfile() and member.offset_data + member.size > size:
-                        return [*groups.values(), *repeats], f"{member.name} is cut off at byte {size}"
-                    _add_member(groups, repeats, member)
-                damage = _what_follows(unit, tar.offset)
-            except (tarfile.TarError, ValueError, EOFError) as error:
-                damage = f"{type(error).__name__}: {error}"
-    except tarfile.TarError as error:
-        raise BadFileError(
-            "file_unreadable",
-            f"{unit}: not a readable tar ({error}); compressed tars cannot be read by offset, unpack them",
-        ) from None
-    return [*groups.values(), *repeats], damage
-
-
-def _what_follows(unit: str, offset: int) -> str:
-    """What is lost behind the archive's end at `offset`; "" when that is nothing.
-
-    tarfile takes a header that it cannot read for the end, once there was a good one, and stops at a block of
-    zeros, though another archive may have been appended to it. Other bytes behind the zeros are no members.
-    """
-    file, block = open_cached(unit).fileno(), b""
-    position = offset
-    while chunk := os.pread(file, 1 << 20, position):
-        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
-        if zeros < len(chunk):
-            position += zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-            block = os.pread(file, tarfile.BLOCKSIZE, position)
-            break
-        position += len(chunk)
-    if not block:
-        return ""
-    if position == offset:
-        return f"no readable header at byte {offset}"
-    try:
-        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return ""
-    return f"another archive follows at byte {position}; unpack the tar and pack it again as one"
-
-
-def _add_member(groups: dict[str, _Group], repeats: list[_Group], member: tarfile.TarInfo) -> None:
-    folder, _, name = member.name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    if not member.isfile() or not stem:  # links, folders, and hidden files such as ._x.jpg
-        return
-    # Names are bytes; keys are text in every table that follows.
-    key = (f"{folder}/{stem}" if folder else stem).encode("utf-8", "backslashreplace").decode()
-    group = groups.setdefault(key, _Group(key, repeated=False))
-    if extension.lower() in group.members:
-        if not repeats or repeats[-1].key != key or extension.lower() in repeats[-1].members:
-            repeats.append(_Group(key, repeated=True))
-        group = repeats[-1]
-    group.members[extension.lower()] = (member.offset_data, member.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import tarfile
@@ -231,7 +230,7 @@ def test_a_member_beyond_the_limit_is_refused_by_its_size_and_not_read(
         read_header(file, limits=ImageLimits())
     assert caught.value.reason == "image_too_many_bytes"
     assert isinstance(second, Reject) and second.reason == "caption_too_many_bytes"
-    assert reads.bytes == 1 + 1024  # a caption of one byte, and the blocks of zeros at the end
+    assert reads.bytes == 1  # a caption of one byte
 
 
 def test_a_file_that_shrinks_under_the_scan_is_an_error_of_the_system_and_no_broken_picture(
@@ -336,21 +335,10 @@ def test_a_header_that_leads_back_to_itself_ends_the_walk(tmp_path: Path) -> Non
     assert ("a.tar#rest", "archive_damaged") in reasons(scan(path))
 
 
-@pytest.mark.parametrize("name", ["not_a_tar.tar", "gzipped.tar", "empty.tar"])
-def test_what_is_no_plain_tar_is_refused_in_one_line_that_names_the_file(
-    shared_data: Path, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["not_a_tar.tar", "empty.tar"])
+def test_what_is_no_tar_is_refused_in_one_line_that_names_the_file(shared_data: Path, name: str) -> None:
     path = shared_data / "hostile" / "tars" / name
     with pytest.raises(UserError) as caught:
         scan(path)
     message = str(caught.value)
     assert str(path) in message and "sources.web.paths" in message and "\n" not in message
-
-
-def test_a_compressed_tar_is_refused_with_the_reason(tmp_path: Path) -> None:
-    packed = tmp_path / "a.tar.gz"
-    packed.write_bytes(
-        gzip.compress(write_tar(tmp_path / "a.tar", [("a.jpg", b"p"), ("a.txt", b"x")]).read_bytes())
-    )
-    with pytest.raises(UserError, match="compressed tars cannot be read by offset, unpack them"):
-        scan(packed)

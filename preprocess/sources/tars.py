@@ -1,0 +1,317 @@
+"""Tars as groups of members of one key: plain ones by their headers, compressed ones as a stream.
+
+    plain     headers are walked, contents stay where they are     all members of a key, wherever they stand
+    gzip      unpacked from first to last byte, once; wanted       members of a key that stand near each other
+    zstd      contents are kept until their group is complete
+
+A stream cannot wait for the rest of a key to its end: a group closes when WINDOW_KEYS other keys have begun behind
+it, or when more than WINDOW_BYTES wait. What comes later of its key is a group of its own that says so. Memory is
+the window, and some 70 bytes per key to know it again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+import xxhash
+
+from preprocess.inputs import open_input
+from preprocess.sources.base import BadFileError
+from preprocess.sources.record import is_damage
+
+# Tars are written key by key. 64 is for writers that run a few keys at a time; 256 MiB hold that many large pictures.
+WINDOW_KEYS = 64
+WINDOW_BYTES = 256 << 20
+# Names and PAX records of one member; a damaged header may ask for any number of bytes.
+MAX_HEADER_BYTES = 1 << 20
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+Fault = Literal["", "repeated", "late"]
+
+
+@dataclass(slots=True)
+class Member:
+    """Where a content lies in the tar; `data` is the content itself where it was wanted of a stream."""
+
+    offset: int
+    size: int
+    data: bytes | None = None
+
+
+@dataclass(slots=True)
+class Group:
+    """The members of one key, by lower-case extension.
+
+    fault: "repeated" where the key had a member of such an extension before, "late" where its group was closed.
+    """
+
+    key: str
+    fault: Fault = ""
+    members: dict[str, Member] = field(default_factory=dict[str, Member])
+
+
+def compression_of(unit: str) -> str:
+    """ "gzip", "zstd" or "" for a plain file, by its first bytes, whatever its name."""
+    with closing(open_input(unit)) as file:
+        magic = file.read(4)
+    if magic.startswith(_GZIP):
+        return "gzip"
+    # 0x184D2A50 to 5F begin a frame to be skipped, with which some writers open.
+    skipped = magic[1:] == b"\x2a\x4d\x18" and 0x50 <= magic[0] <= 0x5F
+    return "zstd" if magic == _ZSTD or skipped else ""
+
+
+def walk_plain(unit: str, path: str) -> tuple[list[Group], str]:
+    """Groups in order of first appearance, then repeated ones; and what stopped the walk, "" at a proper end.
+
+    `path` is a file of this machine with the content of `unit`.
+
+    Raises:
+        BadFileError: it is not a tar at all.
+        OSError: it cannot be read now; the executor tries again.
+    """
+    size = os.path.getsize(path)
+    groups: dict[str, Group] = {}
+    repeats: list[Group] = []
+    with closing(_HeaderFile(path)) as headers:
+        tar = _open_tar(unit, headers)
+        damage = ""
+        while not damage and (member := _next_member(tar)) is not None:
+            if isinstance(member, str):
+                damage = member
+            elif member.isfile() and member.offset_data + member.size > size:
+                damage = f"{member.name} is cut off at byte {size}"
+            elif place := _place_of(member):
+                _add(groups, repeats, *place, member)
+        return [*groups.values(), *repeats], damage or _what_follows(headers, tar.offset)
+
+
+def _add(
+    groups: dict[str, Group], repeats: list[Group], key: str, extension: str, member: tarfile.TarInfo
+) -> None:
+    group = groups.setdefault(key, Group(key))
+    if extension in group.members:
+        if not repeats or repeats[-1].key != key or extension in repeats[-1].members:
+            repeats.append(Group(key, "repeated"))
+        group = repeats[-1]
+    if not member.issparse():  # its content is in pieces
+        group.members[extension] = Member(member.offset_data, member.size)
+
+
+def walk_stream(unit: str, codec: str, wanted: Callable[[str], int]) -> Iterator[Group | str]:
+    """Groups as they close, and last, where there is one, what stopped the walk.
+
+    `wanted` says for an extension up to which size a content is kept.
+
+    Raises:
+        BadFileError: it holds no tar at all.
+        OSError: it cannot be read now; the executor tries again.
+    """
+    with closing(open_input(unit)) as file:
+        stream = _Stream(pa.CompressedInputStream(pa.PythonFile(cast(Any, file), "r"), codec))
+        tar = _open_tar(unit, stream)
+        window = _Window()
+        damage = ""
+        while not damage and (member := _next_member(tar)) is not None:
+            if isinstance(member, str):
+                damage = member
+            elif place := _place_of(member):
+                content = Member(member.offset_data, member.size)
+                if not member.issparse() and member.size <= wanted(place[1]):
+                    content.data = stream.read_content(member.size)
+                    if len(content.data) < member.size:
+                        damage = stream.damage or f"{member.name} is cut off at byte {stream.tell()}"
+                        break
+                yield from window.add(*place, content, sparse=member.issparse())
+        yield from window.close()
+        if damage := stream.damage or damage or stream.what_follows():
+            yield damage
+
+
+class _Window:
+    """Groups of a stream that are still open, in order of first appearance."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Group] = {}
+        self._repeated: Group | None = None
+        self._closed: set[int] = set()
+        self._bytes = 0
+
+    def add(self, key: str, extension: str, content: Member, *, sparse: bool) -> Iterator[Group]:
+        """Take a member; yields what closes by it."""
+        if key not in self._open:
+            late = xxhash.xxh3_64_intdigest(key.encode()) in self._closed
+            self._open[key] = Group(key, "late" if late else "")
+        group = self._open[key]
+        if extension in group.members:
+            again = self._repeated
+            if again is None or again.key != key or extension in again.members:
+                if again is not None:
+                    yield again
+                self._repeated = again = Group(key, "repeated")
+            group, content.data = again, None
+        if not sparse:
+            group.members[extension] = content
+            self._bytes += len(content.data or b"")
+        while len(self._open) > WINDOW_KEYS + 1 or (self._bytes > WINDOW_BYTES and len(self._open) > 1):
+            yield self._close_first()
+
+    def close(self) -> Iterator[Group]:
+        while self._open:
+            yield self._close_first()
+        if self._repeated is not None:
+            yield self._repeated
+
+    def _close_first(self) -> Group:
+        group = self._open.pop(next(iter(self._open)))
+        self._closed.add(xxhash.xxh3_64_intdigest(group.key.encode()))
+        self._bytes -= sum(len(member.data or b"") for member in group.members.values())
+        return group
+
+
+class _HeaderFile(io.BufferedReader):
+    """A tar of which headers are read."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(_header_bytes(size))
+
+
+class _Stream:
+    """What is unpacked of a compressed file, as tarfile wants a file: it reads on, and seeks what lies ahead.
+
+    Read by the block of a tar, so that of a damaged stream less than a block is lost that could be had. Damage is
+    an end that `damage` explains.
+    """
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._stream, self._rest, self._position = stream, b"", 0
+        self.damage = ""
+        self.last = b""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Bytes of headers."""
+        self.last = self.read_content(_header_bytes(size))
+        return self.last
+
+    def read_content(self, size: int) -> bytes:
+        """The next bytes; fewer at the end."""
+        blocks = [self._rest]
+        have = len(self._rest)
+        while have < size and (block := self._next_block()):
+            blocks.append(block)
+            have += len(block)
+        data = b"".join(blocks)
+        self._rest = data[size:]
+        self._position += min(size, len(data))
+        return data[:size]
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence != io.SEEK_SET or position < self._position:
+            raise tarfile.ReadError(f"a header leads back from byte {self._position} to {position}")
+        while self._position < position and self.read_content(min(position - self._position, 1 << 20)):
+            pass
+        return self._position
+
+    def what_follows(self) -> str:
+        """What is lost behind the end of the archive; reads the stream to its end, where its checksum is."""
+        block = self.last
+        if block.strip(b"\0"):
+            return self.damage or f"no readable header at byte {self._position - len(block)}"
+        while (block := self.read_content(tarfile.BLOCKSIZE)) and not block.strip(b"\0"):
+            pass
+        fault = _archive_at(block, self._position - len(block))
+        while not fault and self._next_block():
+            pass
+        return fault or self.damage
+
+    def _next_block(self) -> bytes:
+        if self.damage:
+            return b""
+        try:
+            return self._stream.read(tarfile.BLOCKSIZE)
+        except (OSError, pa.ArrowException) as error:
+            if not is_damage(error):
+                raise
+            self.damage = f"{error} after {self._position + len(self._rest)} bytes"
+            return b""
+
+
+def _header_bytes(size: int | None) -> int:
+    if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+        raise tarfile.ReadError(f"a header of {size} bytes, limit {MAX_HEADER_BYTES}")
+    return size
+
+
+def _open_tar(unit: str, file: _HeaderFile | _Stream) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=cast(Any, file), mode="r:")
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        fault = (file.damage if isinstance(file, _Stream) else "") or str(error)
+        raise BadFileError(
+            "file_unreadable",
+            f"{unit}: not a readable tar, plain or packed with gzip or zstd ({fault}); get it again",
+        ) from None
+
+
+def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | str | None:
+    """The next member, None at the end, or what is wrong with its header."""
+    try:
+        member = tar.next()
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        return f"{type(error).__name__}: {error}"
+    cast(Any, tar).members.clear()  # it keeps every member it has seen
+    if member is not None and member.size < 0:  # a header that leads back to itself would never end
+        return f"{member.name} has a size of {member.size}"
+    return member
+
+
+def _place_of(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """Key and lower-case extension; None for what is no member of a sample."""
+    folder, _, name = member.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    if not member.isfile() or not stem:  # links, folders, and hidden files such as ._x.jpg
+        return None
+    # Names are bytes; keys are text in every table that follows.
+    key = (f"{folder}/{stem}" if folder else stem).encode("utf-8", "backslashreplace").decode()
+    return key, extension.lower()
+
+
+def _what_follows(file: _HeaderFile, offset: int) -> str:
+    """What is lost behind the archive's end at `offset`; "" when that is nothing.
+
+    tarfile takes a header that it cannot read for the end, once there was a good one, and stops at a block of
+    zeros, though another archive may have been appended to it. Other bytes behind the zeros are no members.
+    """
+    position = file.seek(offset)
+    while chunk := file.read(MAX_HEADER_BYTES):
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk):
+            position = file.seek(position + zeros // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
+            if position == offset:
+                return f"no readable header at byte {offset}"
+            return _archive_at(file.read(tarfile.BLOCKSIZE), position)
+        position += len(chunk)
+    return ""
+
+
+def _archive_at(block: bytes, position: int) -> str:
+    if not block:
+        return ""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return ""
+    return f"another archive follows at byte {position}; unpack the tar and pack it again as one"
