@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# Where a chat template lies if it is not in tokenizer_config.json; part of the tokenizer where they exist.
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 
 Tokens = npt.NDArray[np.int32]
 
@@ -135,9 +137,18 @@ def _open(directory: Path, config: dict[str, Any]) -> Tokenizer:
     declared = _declared_tokens(directory, config)
     # In id order, because entries that tokenizer.json does not know get the next free id.
     tokenizer.add_special_tokens(
-        [AddedToken(declared[number], special=True, normalized=False) for number in sorted(declared)]
+        [
+            AddedToken(
+                entry["content"],
+                special=True,
+                normalized=False,
+                lstrip=bool(entry.get("lstrip")),
+                rstrip=bool(entry.get("rstrip")),
+            )
+            for _, entry in sorted(declared.items())
+        ]
     )
-    for number, content in declared.items():
+    for number, content in ((number, entry["content"]) for number, entry in declared.items()):
         if tokenizer.token_to_id(content) != number:
             raise UserError(
                 f"tokenizer {directory}: tokenizer_config.json gives {content!r} id {number}, tokenizer.json "
@@ -149,8 +160,21 @@ def _open(directory: Path, config: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_files(directory: Path) -> list[str]:
+    """The files that make a tokenizer, relative to its directory: the two there must be, then chat templates."""
+    templates = [path for pattern in TEMPLATE_FILES for path in sorted(directory.glob(pattern))]
+    return [*TOKENIZER_FILES, *(str(path.relative_to(directory)) for path in templates)]
+
+
 def tokenizer_hash(directory: Path) -> str:
-    return sha256(*((directory / name).read_bytes() for name in TOKENIZER_FILES))
+    """Of all its files, and of the names of those that may be there."""
+    names = tokenizer_files(directory)
+    return sha256(
+        *(
+            (b"" if name in TOKENIZER_FILES else name.encode()) + (directory / name).read_bytes()
+            for name in names
+        )
+    )
 
 
 def _read_files(directory: Path) -> dict[str, Any]:
@@ -165,12 +189,14 @@ def _read_files(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _declared_tokens(directory: Path, config: dict[str, Any]) -> dict[int, str]:
-    """The special tokens that `added_tokens_decoder` declares, by id."""
+def _declared_tokens(directory: Path, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The special tokens that `added_tokens_decoder` declares, by id: `content` and flags."""
     declared = config.get("added_tokens_decoder", {})
     try:
         return {
-            int(number): str(entry["content"]) for number, entry in declared.items() if entry.get("special")
+            int(number): {**entry, "content": str(entry["content"])}
+            for number, entry in declared.items()
+            if entry.get("special")
         }
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(

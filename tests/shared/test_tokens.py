@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import UserError
-from shared.tokens import TextTokenizer, TokenNames, load_tokenizer, tokenizer_hash
+from shared.tokens import TextTokenizer, TokenNames, load_tokenizer, tokenizer_files, tokenizer_hash
 
 # The eleven special strings of both tokenizers, in id order.
 SPECIALS = [
@@ -115,6 +115,29 @@ def test_the_hash_covers_both_files(directory: Path) -> None:
     changed = load_tokenizer(edit(directory, lambda config: config.update(more=1))).ids.tokenizer_sha256
     edit(directory, lambda content: content.update(more=1), "tokenizer.json")
     assert len({before, changed, tokenizer_hash(directory)}) == 3
+
+
+def test_the_hash_covers_a_chat_template_and_which_file_it_is(directory: Path) -> None:
+    hashes = {tokenizer_hash(directory)}
+    names = ["chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"]
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{{ messages }}")
+        assert tokenizer_files(directory) == ["tokenizer.json", "tokenizer_config.json", name]
+        hashes.add(tokenizer_hash(directory))
+        path.unlink()
+    assert len(hashes) == 4
+
+
+def test_what_a_special_token_does_to_white_space_is_kept(directory: Path) -> None:
+    def swallow(config: dict[str, Any]) -> None:
+        for entry in config["added_tokens_decoder"].values():
+            entry.update(rstrip=entry["content"] == "<|end_of_text|>", lstrip=entry["content"] == "<|image|>")
+
+    added = load_tokenizer(edit(directory, swallow)).tokenizer.get_added_tokens_decoder().values()
+    assert [token.content for token in added if token.rstrip] == ["<|end_of_text|>"]
+    assert [token.content for token in added if token.lstrip] == ["<|image|>"]
 
 
 # Text stays text
