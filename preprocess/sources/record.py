@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,11 @@ class Damage:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error of pyarrow or a decompressor tells of the content; with an errno, of the place it lies in."""
+    """Whether an error of pyarrow tells of the content: not of the place it lies in (errno is set), nor of this
+    machine's memory, unless no machine has so much."""
+    if isinstance(error, MemoryError):
+        size = re.search(r"of size (\d+)", str(error))
+        return size is not None and int(size[1]) > 1 << 40
     return not isinstance(error, OSError) or error.errno is None
 
 

@@ -16,11 +16,31 @@ BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1024
 
 
+class _Bounded:
+    """A file of which no more is asked for than there is: sizes in a damaged file may be beyond all memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, file.seek(0, os.SEEK_END)
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+        file.seek(0)
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._size))
+
+
+def _bounded(file: BinaryIO) -> pa.PythonFile:
+    return pa.PythonFile(_Bounded(file), "r")
+
+
 def parquet_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) -> Iterator[Record | Damage]:
     """Rows by row group: one that is damaged costs the rows that were not read from it yet."""
     try:
         # With a buffer, a column is read page by page and not as a whole.
-        table = pq.ParquetFile(file, page_checksum_verification=True, buffer_size=1 << 20)
+        table = pq.ParquetFile(_bounded(file), page_checksum_verification=True, buffer_size=1 << 20)
         names = table.schema_arrow.names
     except (pa.ArrowException, OSError, ValueError) as error:
         if is_damage(error):
@@ -48,48 +68,63 @@ def parquet_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) ->
         first += group.num_rows
 
 
-def _lost_rows(file: BinaryIO, first: int, count: int, detail: str) -> Iterator[Damage]:
-    if count > file.seek(0, os.SEEK_END):  # the count itself is damaged: nobody wants so many rejects
-        yield Damage(first, "rest_unreadable", detail)
-        return
-    for number in range(first, first + count):
-        yield Damage(number, "rows_unreadable", detail)
-
-
 def arrow_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) -> Iterator[Record | Damage]:
     """Rows by record batch, checked in full before use: offsets in the file lead pyarrow anywhere in memory."""
     try:
         is_file = file.read(6) == b"ARROW1"
-        file.seek(0)
-        reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+        source = _bounded(file)
+        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         names = reader.schema.names
     except (pa.ArrowException, OSError, ValueError) as error:
         if is_damage(error):
             raise unreadable(unit, "Arrow file", error) from None
         raise
     require_columns(unit, columns, names)
-    batches = iter(reader) if not is_file else map(reader.get_batch, range(reader.num_record_batches))
     first = 0
-    while True:
+    for batch in _file_batches(reader) if is_file else _stream_batches(reader):
+        if isinstance(batch, Exception):  # nothing says how many rows it has
+            yield Damage(first, "batch_unreadable" if is_file else "rest_unreadable", str(batch))
+            first += 1
+            continue
+        chosen = batch if columns is None else batch.select(list(columns))
         try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if not is_damage(error):
-                raise
-            yield Damage(first, "rest_unreadable", str(error))
-            return
-        batch = batch if columns is None else batch.select(list(columns))
-        try:
-            batch.validate(full=True)
+            chosen.validate(full=True)
         except pa.ArrowInvalid as error:
             yield from _lost_rows(file, first, batch.num_rows, str(error))
         else:
-            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, chosen.nbytes)))
             for start in range(0, batch.num_rows, rows):
-                yield from _rows(batch.slice(start, rows), first + start)
+                yield from _rows(chosen.slice(start, rows), first + start)
         first += batch.num_rows
+
+
+def _file_batches(reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch | Exception]:
+    """Each batch, or why it cannot be read."""
+    for number in range(reader.num_record_batches):
+        try:
+            yield reader.get_batch(number)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if not is_damage(error):
+                raise
+            yield error
+
+
+def _stream_batches(reader: pa.RecordBatchStreamReader) -> Iterator[pa.RecordBatch | Exception]:
+    """The batches up to the end, or to the first that cannot be read."""
+    try:
+        yield from reader
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if not is_damage(error):
+            raise
+        yield error
+
+
+def _lost_rows(file: BinaryIO, first: int, count: int, detail: str) -> Iterator[Damage]:
+    if count > file.seek(0, os.SEEK_END):  # the count itself is damaged: nobody wants so many rejects
+        yield Damage(first, "rest_unreadable", detail)
+        return
+    for number in range(first, first + count):
+        yield Damage(number, "rows_unreadable", detail)
 
 
 def _rows(batch: pa.RecordBatch, first: int) -> Iterator[Record | Damage]:
