@@ -14,6 +14,7 @@ import asyncio
 import errno
 import hashlib
 import random
+import ssl
 import tempfile
 import time
 from collections import Counter
@@ -135,6 +136,10 @@ class Client:
         except FetchError as error:
             detail = f"{error.detail}; {tries} tries" if tries > 1 else error.detail
             return Failure(error.reason, detail.removeprefix("; "))
+        except (OSError, UserError):
+            raise  # of this machine: a full disk says nothing of a URL
+        except Exception as error:  # what the HTTP library did not foresee costs one URL, not the job
+            return Failure("unexpected", f"{type(error).__name__}: {error}"[:200])
 
     def _wait_s(self, tries: int, error: FetchError) -> float:
         """Seconds until the next try. Raises: the error, when the server asks for more than we wait."""
@@ -254,7 +259,7 @@ def _reasons() -> Generator[None]:
     """Give what aiohttp raises a reason; an exception that is not a server's doing goes through."""
     try:
         yield
-    except (aiohttp.ClientError, TimeoutError) as error:
+    except (aiohttp.ClientError, TimeoutError, ConnectionError, ssl.SSLError) as error:
         cause = getattr(error, "os_error", error)
         if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(
@@ -275,13 +280,13 @@ def _reason_of(error: Exception, cause: object) -> FetchError:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         again = getattr(cause, "errno", None) == -3  # EAI_AGAIN: the resolver failed, not the name
         return FetchError("dns_failed", str(getattr(cause, "strerror", cause))[:100], again=again)
-    if isinstance(error, aiohttp.ClientSSLError):
+    if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
         return FetchError("tls_failed", str(cause)[:200])
     if isinstance(error, aiohttp.ClientConnectorError):
         return FetchError("connect_failed", str(getattr(cause, "strerror", None) or cause)[:200], again=True)
     if isinstance(error, aiohttp.ClientPayloadError):
         return FetchError("truncated", "the body stopped before its end", again=True)
-    if isinstance(error, aiohttp.ClientConnectionError):
+    if isinstance(error, (aiohttp.ClientConnectionError, ConnectionError)):
         return FetchError("connection_lost", str(error)[:100], again=True)
     if isinstance(error, aiohttp.InvalidURL):
         return FetchError("bad_url", "refused by the HTTP library")

@@ -37,12 +37,15 @@ def parse_url(text: str, base: URL | None = None) -> URL:
         url = URL(text.strip())
         url = base.join(url) if base is not None else url
         text.encode()
-        url.port  # noqa: B018  (raises on a port that is no number)
+        # Each raises on what no look-up could take: labels that are empty or too long, ports that are no numbers.
+        (url.raw_host or "").encode("idna")
+        found = url.scheme, url.host, url.port
     except (ValueError, TypeError):
         raise FetchError("bad_url", "cannot be parsed") from None
-    if url.scheme not in ("http", "https"):
-        raise FetchError("bad_scheme", f"{url.scheme[:20] or 'none'}, expected http or https")
-    if not url.host:
+    scheme, host, _ = found
+    if scheme not in ("http", "https"):
+        raise FetchError("bad_scheme", f"{scheme[:20] or 'none'}, expected http or https")
+    if not host:
         raise FetchError("bad_url", "no host")
     if url.user is not None or url.password is not None:
         raise FetchError("url_with_credentials", "user or password in the URL")

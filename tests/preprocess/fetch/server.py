@@ -67,6 +67,7 @@ class Server:
             "drip": self.drip,
             "endless": self.endless,
             "reset": self.reset,
+            "reset-later": self.reset_later,
         }
         if kind in special:
             await special[kind](writer)
@@ -140,6 +141,11 @@ class Server:
             writer.write(bytes(1 << 16))
             self.sent_bytes += 1 << 16
             await writer.drain()
+
+    async def reset_later(self, writer: asyncio.StreamWriter) -> None:
+        await self.send(writer, 200, ["Content-Type: image/png", "Content-Length: 100000"], PICTURE)
+        await asyncio.sleep(0.05)  # so that the beginning arrives
+        await self.reset(writer)
 
     async def reset(self, writer: asyncio.StreamWriter) -> None:
         connection = writer.get_extra_info("socket")

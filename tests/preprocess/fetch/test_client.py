@@ -129,6 +129,7 @@ def test_what_will_not_change_is_asked_once_and_has_its_reason(
         ("/encoded/6?how=cut&name=gzip", "truncated", "gzip without its end; 3 tries"),
         ("/status/6?code=503", "http_503", "3 tries"),
         ("/reset/1", "connection_lost", "3 tries"),
+        ("/reset-later/1", "truncated", "3 tries"),
     ],
 )
 def test_what_may_pass_is_tried_again_and_then_has_its_reason(
@@ -233,16 +234,24 @@ def test_a_redirect_is_checked_like_the_first_url(
     assert found[0] == expected and "secret" not in found[1]
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "LOCALHOST.", "0x7f000001", "2130706433", "127.1", "[::1]"]
-)
+REFUSED = [
+    "127.0.0.1",
+    "localhost",
+    "0x7f000001",
+    "[::1]",
+    "[::1%25lo]",
+    "\u2460\u2461\u2466.0.0.1",
+]  # circled 127
+
+
+@pytest.mark.parametrize("host", [*REFUSED, "LOCALHOST.", "2130706433", "127.1", "0"])
 def test_no_spelling_of_loopback_gets_a_connection_that_is_not_allowed(
     server: Server, tmp_path: Path, host: str
 ) -> None:
     before = server.requests.total()
     found = reason(tmp_path, server.url("/ok/secret", host), policy={"allow_addresses": ()})
     assert found[0] in ("refused_address", "bad_url", "dns_failed"), found
-    if host in ("127.0.0.1", "localhost", "0x7f000001", "[::1]"):
+    if host in REFUSED:
         assert found[0] == "refused_address"
     assert server.requests.total() == before
 
@@ -290,6 +299,13 @@ def test_a_certificate_that_nobody_vouches_for_is_tls_failed(tmp_path: Path) -> 
         assert found[0] == "tls_failed" and "self-signed" in found[1] and not server.requests
 
 
+def test_a_server_that_answers_no_handshake_is_a_timeout_while_connecting(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/x.jpg"
+        found = reason(tmp_path, url, retries=0, connect_timeout_s=0.2)
+    assert found == ("timeout", "http.connect_timeout_s")
+
+
 def test_a_server_that_speaks_no_tls_is_tls_failed(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -315,6 +331,11 @@ def test_a_server_that_speaks_no_tls_is_tls_failed(tmp_path: Path) -> None:
         ("http://", "bad_url"),
         ("http:///x", "bad_url"),
         ("http://host:port/", "bad_url"),
+        ("http://a..b/", "bad_url"),
+        ("http://.a/", "bad_url"),
+        ("http://xn--/", "bad_url"),
+        ("http://" + "a" * 64 + ".com/", "bad_url"),
+        ("http://127.0.0.1\\@10.0.0.1/", "bad_url"),
         ("http://host:99999/", "bad_url"),
         ("http://\ud800/", "bad_url"),
         ("http://h/" + "x" * 9000, "bad_url"),

@@ -6,6 +6,7 @@ import email.utils
 import gzip
 import io
 import time
+import tracemalloc
 import zlib
 
 import pytest
@@ -145,6 +146,17 @@ def test_one_byte_above_the_limit_is_too_large(limit: int, piece: int) -> None:
         inflate("gzip", gzip.compress(bytes(limit + 1)), limit, piece)
     assert error.value.reason == "too_large"
     assert len(inflate("gzip", gzip.compress(bytes(limit)), limit, piece)) == limit
+
+
+def test_a_bomb_is_left_before_it_is_in_memory() -> None:
+    bomb = gzip.compress(bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(FetchError, match="too_large"):
+            inflate("gzip", bomb, 1000, len(bomb))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20  # the highest
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
