@@ -27,8 +27,9 @@ BUDGET = Budget(S=16, N=1, L=16)
 PACKS = [[[Picture(2, 2, seed=n), 10 + n], [20 + n]] for n in range(10)]
 
 
-def test_batches_on_the_device_equal_those_on_the_host(tmp_path: Path) -> None:
-    path = write_dataset(tmp_path / "data", {"train": PACKS}, BUDGET)
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_batches_on_the_device_equal_those_on_the_host(tmp_path: Path, codec: str) -> None:
+    path = write_dataset(tmp_path / "data", {"train": PACKS}, BUDGET, codec=codec)
     steps: dict[str, list[Batch]] = {}
     for device in ("cpu", "cuda"):
         loader = Loader(

@@ -197,6 +197,19 @@ def test_a_jpeg_frame_of_one_picture_is_a_444_jpeg_behind_eight_bytes() -> None:
     assert np.abs(found.astype(int) - np.asarray(opened)).max() <= 1
 
 
+@given(st.tuples(*(st.integers(1, n) for n in (3, 2, 3, 3, 3, 20))), st.integers(0, 255), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_jpeg_takes_pictures_of_any_shape(shape: tuple[int, ...], grey: int, step: int) -> None:
+    t, pt, merge, cells_h, cells_w, p = shape
+    geometry, h, w = geometry_of(merge, pt, p), cells_h * merge, cells_w * merge
+    # Each picture is of one grey, so that blocks that straddle patches or frames would show.
+    greys = (grey + step * np.arange(t * pt)) % 256
+    pictures = np.broadcast_to(greys[:, None, None, None], (t * pt, h * p, w * p, 3)).astype(np.uint8)
+    patches = to_patches(pictures, geometry)
+    found = decoded("jpeg", geometry, encoder("jpeg", geometry)(patches, t, h, w), t, h, w)
+    assert np.abs(found.astype(int) - patches).max() <= 2
+
+
 def test_colours_are_not_swapped_on_the_way() -> None:
     geometry = geometry_of()
     colour = np.array([250, 120, 10], np.uint8)
