@@ -31,6 +31,8 @@ WINDOW_KEYS = 64
 WINDOW_BYTES = 256 << 20
 # Names and PAX records of one member; a damaged header may ask for any number of bytes.
 MAX_HEADER_BYTES = 1 << 20
+# Unpacked at a time: a damaged size may be any number.
+PIECE_BYTES = 1 << 20
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 Fault = Literal["", "repeated", "late"]
@@ -189,12 +191,12 @@ class _HeaderFile(io.BufferedReader):
 class _Stream:
     """What is unpacked of a compressed file, as tarfile wants a file: it reads on, and seeks what lies ahead.
 
-    Read by the block of a tar, so that of a damaged stream less than a block is lost that could be had. Damage is
-    an end that `damage` explains.
+    Reads end where a header or a content ends: what a damaged one loses could not be used. Damage is an end that
+    `damage` explains.
     """
 
     def __init__(self, stream: pa.NativeFile) -> None:
-        self._stream, self._rest, self._position = stream, b"", 0
+        self._stream, self._position = stream, 0
         self.damage = ""
         self.last = b""
 
@@ -205,15 +207,11 @@ class _Stream:
 
     def read_content(self, size: int) -> bytes:
         """The next bytes; fewer at the end."""
-        blocks = [self._rest]
-        have = len(self._rest)
-        while have < size and (block := self._next_block()):
-            blocks.append(block)
-            have += len(block)
-        data = b"".join(blocks)
-        self._rest = data[size:]
-        self._position += min(size, len(data))
-        return data[:size]
+        pieces: list[bytes] = []
+        while size and (piece := self._read_on(size)):
+            pieces.append(piece)
+            size -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def tell(self) -> int:
         return self._position
@@ -221,7 +219,7 @@ class _Stream:
     def seek(self, position: int, whence: int = io.SEEK_SET, /) -> int:
         if whence != io.SEEK_SET or position < self._position:
             raise tarfile.ReadError(f"a header leads back from byte {self._position} to {position}")
-        while self._position < position and self.read_content(min(position - self._position, 1 << 20)):
+        while self._position < position and self._read_on(position - self._position):
             pass
         return self._position
 
@@ -233,20 +231,22 @@ class _Stream:
         while (block := self.read_content(tarfile.BLOCKSIZE)) and not block.strip(b"\0"):
             pass
         fault = _archive_at(block, self._position - len(block))
-        while not fault and self._next_block():
+        while not fault and self._read_on(PIECE_BYTES):
             pass
         return fault or self.damage
 
-    def _next_block(self) -> bytes:
+    def _read_on(self, size: int) -> bytes:
         if self.damage:
             return b""
         try:
-            return self._stream.read(tarfile.BLOCKSIZE)
+            piece = self._stream.read(min(size, PIECE_BYTES))
         except (OSError, pa.ArrowException) as error:
             if not is_damage(error):
                 raise
-            self.damage = f"{error} after {self._position + len(self._rest)} bytes"
+            self.damage = f"{error} after {self._position} bytes"
             return b""
+        self._position += len(piece)
+        return piece
 
 
 def _header_bytes(size: int | None) -> int:
