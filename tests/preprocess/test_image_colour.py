@@ -56,7 +56,7 @@ def rgb_profile(gamma: float, colours: tuple[tuple[float, ...], ...] = P3_XYZ) -
     for letter, xyz in zip((b"r", b"g", b"b"), colours, strict=True):
         tags[letter + b"XYZ"] = b"XYZ \0\0\0\0" + s15(*xyz)
         tags[letter + b"TRC"] = gamma_curve(gamma)
-    return profile(b"RGB ", b"XYZ ", b"mntr", tags)
+    return profile(b"RGB ", b"XYZ ", b"scnr", tags)
 
 
 def grey_profile(gamma: float) -> bytes:
