@@ -14,11 +14,12 @@ one that finds all chunks done writes the last two files.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import resource
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,23 @@ def run_fetch(config: FetchConfig) -> dict[str, Any]:
     number, slices = config.slice
     _allow_open_files(config.http.connections)
     with lock_directory(output / "locks" / f"{number}-of-{slices}", "fetching this slice"):
-        _claim(config, files)
+        with _one_at_a_time(output / "locks" / "claim"):
+            _claim(config, files)
         job = _Job(config)
         try:
             asyncio.run(job.run(files))
         except BaseExceptionGroup as group:
             raise _first(group) from None
         return job.finish()
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Generator[None]:
+    """Slices that are started together wait for each other here; where there are no locks, start one first."""
+    with open(path, "a") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _claim(config: FetchConfig, files: Sequence[str]) -> None:

@@ -11,6 +11,8 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,20 @@ def test_slices_share_an_output_and_the_last_one_completes_it(server: Server, tm
         assert set(made) <= set(numbers) and record["complete"] == (shard == "3/3")
         assert (tmp_path / "out" / "fetch.json").exists() == record["complete"]
     assert record["rows"] == {"read": 25, "fetched": 25, "failed": {}}
+
+
+def test_slices_that_start_together_do_not_take_each_other_for_strangers(
+    server: Server, tmp_path: Path
+) -> None:
+    for attempt in range(5):
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        table = write_rows(directory / "a.jsonl", numbered(server, 8))
+        run = partial(fetch, directory, table, rows_per_file=2)
+        with ThreadPoolExecutor(4) as pool:
+            records = list(pool.map(lambda number, run=run: run(shard=f"{number}/4"), range(1, 5)))
+        assert any(record["complete"] for record in records)
+        assert read_json(directory / "out" / "fetch.json")["rows"]["fetched"] == 8
 
 
 def test_changed_settings_are_refused_or_make_all_again(server: Server, tmp_path: Path) -> None:
