@@ -221,7 +221,7 @@ class Span(io.BufferedReader):
 class _RawSpan(io.RawIOBase):
     def __init__(self, path: str, offset: int, size: int) -> None:
         self._path, self._offset, self._size, self._position = path, offset, size, 0
-        self._file = None if is_remote(path) else open_cached(path)
+        self._remote = is_remote(path)
 
     def readable(self) -> bool:
         return True
@@ -248,8 +248,9 @@ class _RawSpan(io.RawIOBase):
         return count
 
     def _fill(self, view: memoryview, offset: int) -> int:
-        if self._file is not None:
-            return os.preadv(self._file.fileno(), [view], offset)
+        if not self._remote:
+            file = open_cached(self._path)  # not kept: a batch of samples may name thousands of files
+            return os.preadv(file.fileno(), [view], offset)
         data = remote.read_range(self._path, offset, len(view))
         view[: len(data)] = data
         return len(data)

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from preprocess.samples import RawSample, Reject
 from shared.errors import UserError
+from shared.remote import shown
 from shared.tokens import TokenNames
 
 
@@ -107,4 +108,4 @@ def scan_or_reject(
                 f"source {source!r}: {error}; or take it out of sources.{source}.paths, or set "
                 f'sources.{source}.bad_file = "reject"'
             ) from None
-        yield Reject(source, f"{os.path.basename(unit)}#file", error.reason, str(error))
+        yield Reject(source, f"{os.path.basename(shown(unit))}#file", error.reason, str(error))

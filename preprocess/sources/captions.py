@@ -6,14 +6,13 @@ CSV, TSV, JSON lines, Parquet, Arrow, or a folder that `datasets.save_to_disk` w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from preprocess.samples import RawSample, Reject
 from preprocess.sources.base import SourceConfig, SourceContext
-from preprocess.sources.pictures import picture
+from preprocess.sources.pictures import picture, picture_root
 from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
 from preprocess.sources.records import Value, keyed_records
 from preprocess.sources.saved import expand_tables
@@ -53,7 +52,7 @@ class Captions:
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
         config = self._config
-        root = os.path.join(os.path.dirname(unit), config.image_root)
+        root = picture_root(unit, config.image_root)
         columns = [name for name in (config.image, config.caption, config.key) if name]
         for row in keyed_records(self._name, unit, columns, config.key):
             yield row if isinstance(row, Reject) else self._sample(*row, root)

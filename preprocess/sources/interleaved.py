@@ -10,14 +10,13 @@ own, but a text of nothing else is no text.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from preprocess.samples import Missing, RawSample, Reject, Segment, Text
 from preprocess.sources.base import SourceConfig, SourceContext
-from preprocess.sources.pictures import picture
+from preprocess.sources.pictures import picture, picture_root
 from preprocess.sources.records import Value, keyed_records
 from preprocess.sources.saved import expand_tables
 from shared.config import require_at_least
@@ -67,7 +66,7 @@ class Interleaved:
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
         config = self._config
-        root = os.path.join(os.path.dirname(unit), config.image_root)
+        root = picture_root(unit, config.image_root)
         columns = [name for name in (config.texts, config.images, config.key) if name]
         for row in keyed_records(self._name, unit, columns, config.key):
             if isinstance(row, Reject):

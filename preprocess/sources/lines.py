@@ -22,6 +22,7 @@ from preprocess.sources.record import (
     require_columns,
     unreadable,
 )
+from shared.remote import shown
 
 _NOT_SPACE = re.compile(r"[^ \t\n\r]")
 
@@ -90,7 +91,7 @@ def json_records(unit: str, file: io.BufferedReader) -> Iterator[Record | Damage
         problem = first.detail if first else "it is white space"
         raise BadFileError(
             "file_unreadable",
-            f"{unit}: neither a list of objects nor one object per line ({problem}); mend it",
+            f"{shown(unit)}: neither a list of objects nor one object per line ({problem}); mend it",
         )
     yield first
     yield from lines

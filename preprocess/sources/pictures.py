@@ -14,16 +14,25 @@ import binascii
 import errno
 import io
 import os
+import posixpath
 import re
 import stat
 from typing import Any, cast
 
 from preprocess.inputs import Span
 from preprocess.samples import IMAGE, Media, Missing, Place
+from shared import remote
+from shared.errors import UserError
+from shared.remote import is_remote
 
 # A name in a directory has at most 255 characters, and that of a picture a dot, which base64 has not.
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def picture_root(unit: str, image_root: str) -> str:
+    """Where relative paths in a raw file begin: `image_root`, which may be relative to the file's own folder."""
+    return image_root if is_remote(image_root) else os.path.join(os.path.dirname(unit), image_root)
 
 
 def picture(value: Any, root: str) -> Media | Missing:
@@ -60,8 +69,10 @@ def _named(text: str, root: str) -> Media | Missing:
         return _decoded(text)
     if text.startswith("file://"):
         return _file(text.removeprefix("file://"), root)
+    if is_remote(root):
+        return _object(text, root)
     if _SCHEME.match(text):
-        return Missing("image_not_fetched", f"{text[:200]}: copy it to this machine first")
+        return Missing("image_not_fetched", f"{text[:200]} is in a store; set image_root to a folder of it")
     return _file(text, root)
 
 
@@ -73,13 +84,32 @@ def _decoded(text: str) -> Media | Missing:
     return Media(IMAGE, cast(Any, io.BytesIO(data)), None)
 
 
+def _object(name: str, root: str) -> Media | Missing:
+    """A picture in a store: one request says its size, others read its header."""
+    root = root.rstrip("/")
+    scheme, _, folder = root.partition("://")
+    path = posixpath.normpath(posixpath.join(folder, name.removeprefix(f"{root}/")))
+    if not path.startswith(f"{folder}/"):
+        return _outside(name, root)
+    uri = f"{scheme}://{path}"
+    try:
+        size = remote.state_of(uri).size
+    except UserError as error:
+        return Missing("image_missing", str(error))
+    return Media(IMAGE, Span(uri, 0, size), Place(uri, 0, size))
+
+
+def _outside(name: str, root: str) -> Missing:
+    return Missing(
+        "image_outside_root", f"{name[:200]!r} is not below {root}; set image_root to a folder above"
+    )
+
+
 def _file(name: str, root: str) -> Media | Missing:
     root = os.path.abspath(root)
     path = os.path.normpath(os.path.join(root, name))
     if os.path.commonpath((root, path)) != root:
-        return Missing(
-            "image_outside_root", f"{name[:200]!r} is not below {root}; set image_root to a folder above"
-        )
+        return _outside(name, root)
     try:
         state = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name no file can have

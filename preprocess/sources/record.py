@@ -9,6 +9,7 @@ from typing import Any
 
 from preprocess.sources.base import BadFileError
 from shared.errors import closest
+from shared.remote import shown
 
 # A longer line, list item or field is another kind of file, and is not read into memory to find out.
 MAX_RECORD_BYTES = 64 << 20
@@ -43,15 +44,17 @@ def is_damage(error: Exception) -> bool:
 
 
 def unreadable(unit: str, kind: str, error: Exception) -> BadFileError:
-    return BadFileError("file_unreadable", f"{unit}: not a readable {kind} ({error}); get it again")
+    return BadFileError("file_unreadable", f"{shown(unit)}: not a readable {kind} ({error}); get it again")
 
 
 def require_columns(unit: str, columns: Sequence[str] | None, names: Sequence[str]) -> None:
     """Raises: BadFileError: one is not there, or there twice."""
     for column in columns or ():
         if column not in names:
-            raise BadFileError("column_missing", f"{unit}: no column {column!r}; {closest(column, names)}")
+            raise BadFileError(
+                "column_missing", f"{shown(unit)}: no column {column!r}; {closest(column, names)}"
+            )
         if names.count(column) > 1:
             raise BadFileError(
-                "column_twice", f"{unit}: column {column!r} is there {names.count(column)} times"
+                "column_twice", f"{shown(unit)}: column {column!r} is there {names.count(column)} times"
             )

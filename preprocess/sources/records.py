@@ -26,6 +26,7 @@ from preprocess.sources.base import BadFileError
 from preprocess.sources.lines import json_records, line_records, separated_records
 from preprocess.sources.record import Damage, Record, Value
 from preprocess.sources.tables import arrow_records, parquet_records
+from shared.remote import shown
 
 __all__ = ["Damage", "Record", "Value", "container_of", "keyed_records", "read_records", "unpacked"]
 
@@ -53,11 +54,11 @@ def read_records(unit: str, columns: Sequence[str] | None = None) -> Iterator[Re
     kind = container_of(unit)
     if not kind:
         raise BadFileError(
-            "file_of_unknown_kind", f"{unit}: the name must end in one of {', '.join(SUFFIXES)}"
+            "file_of_unknown_kind", f"{shown(unit)}: the name must end in one of {', '.join(SUFFIXES)}"
         )
     with closing(open_input(unit)) as file:
         if not file.read(1):
-            raise BadFileError("file_empty", f"{unit}: 0 bytes; get it again")
+            raise BadFileError("file_empty", f"{shown(unit)}: 0 bytes; get it again")
         file.seek(0)
         match kind:
             case ".parquet":
@@ -77,7 +78,7 @@ def keyed_records(
 ) -> Iterator[tuple[str, Value] | Reject]:
     """Each record with its key: the value of column `key`, or NAME#ROW where that is ""."""
     for record in read_records(unit, columns):
-        place = f"{os.path.basename(unit)}#{record.number}"
+        place = f"{os.path.basename(shown(unit))}#{record.number}"
         if isinstance(record, Damage):
             yield Reject(source, place, record.reason, record.detail)
         elif not key:
