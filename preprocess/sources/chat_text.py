@@ -39,6 +39,11 @@ Span = tuple[int, int]
 _SENTINEL = re.compile(f"{CONTENT}([0-9]+){CONTENT_END}")
 _GENERATION = re.compile(f"{GENERATED}|{GENERATED_END}")
 _SPACE = re.compile(r"\s*")
+# What tokenizers take for white space: Unicode's list, where Python has four control characters more.
+_WHITE = (
+    "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+)
+_SWALLOWED = re.compile(f"[{_WHITE}]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +246,8 @@ def _removed(rendering: Rendering, special: Sequence[Span], specials: Specials) 
         if start == 0 and name == specials.bos:
             removed.append((start, end))
         if name in specials.lstrip:
-            removed.append((before + len(text[before:start].rstrip()), start))
-        if name in specials.rstrip and (space := _SPACE.match(text, end)):
+            removed.append((before + len(text[before:start].rstrip(_WHITE)), start))
+        if name in specials.rstrip and (space := _SWALLOWED.match(text, end)):
             removed.append((end, space.end()))
         before = end
     if special and text[slice(*special[-1])] == specials.eos and not text[special[-1][1] :].strip():
