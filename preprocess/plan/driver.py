@@ -75,7 +75,7 @@ def make_plan(
     ]
     missing = [task for task in tasks if not task.result.exists()]
     run(plan_window, missing, label="plan", total=len(tasks))
-    summary = _sum_up(tasks, sources, repeats, available, duplicates, drop)
+    summary = _sum_up(tasks, sources, repeats, available, duplicates)
     write_json(output / PLAN_SUMMARY, summary)
     return summary
 
@@ -131,7 +131,6 @@ def _sum_up(
     repeats: Mapping[str, float],
     available: Mapping[str, int],
     duplicates: Mapping[str, Mapping[str, int]] | None,
-    drop: bool,
 ) -> dict[str, Any]:
     """What plan.json holds, from the results of the windows."""
     kinds = ("whole", "split", "parts", "repeated", "media")
@@ -147,9 +146,9 @@ def _sum_up(
             counts[name].update({kind: line[kind] for kind in kinds})
             rejected[name].update(line["rejected"])
             tokens[name] += line["tokens"] if task.split == TRAIN else 0
-    if drop:
-        for name, found in (duplicates or {}).items():
-            rejected[name][DUPLICATE] += found["found"]
+    for name, found in (duplicates or {}).items():
+        if found["dropped"]:
+            rejected[name][DUPLICATE] = found["dropped"]
     return {
         "shards": shards,
         "sources": {

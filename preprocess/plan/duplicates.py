@@ -77,14 +77,14 @@ def find_duplicates(
     validation_fraction: float,
     run: Run,
 ) -> dict[str, dict[str, int]]:
-    """Per source that has any: duplicates `found`, and how many `across_splits` have their first in the other split.
+    """Per source that has any: duplicates `found`, `dropped`, and how many have their first `across_splits`.
 
-    With `drop`, also write their rejects and `dropped_bits(output)`.
+    With `drop`, their rejects and `dropped_bits(output)` are written, too.
     """
-    summary = output / "duplicates.json"
+    summary, hashes = output / "duplicates.json", output / "hashes"
     if summary.exists():
+        shutil.rmtree(hashes, ignore_errors=True)
         return read_json(summary)
-    hashes = output / "hashes"
     sort = [
         HashTask(unit, hashes / f"{number:06d}", validation_fraction) for number, unit in enumerate(units)
     ]
@@ -94,13 +94,12 @@ def find_duplicates(
     counts = run(compare_range, tasks, label="duplicates", total=ranges)
     if drop:
         _write_bits(dropped_bits(output), num_rows, [task.dropped for task in tasks])
-    found = {
-        key: sum((Counter(count[key]) for count in counts), Counter[str]())
-        for key in ("found", "across_splits")
-    }
+    found, across = (
+        sum((Counter(count[kind]) for count in counts), Counter[str]()) for kind in ("found", "across_splits")
+    )
     record = {
-        source: {key: found[key][source] for key in ("found", "across_splits")}
-        for source in sorted(found["found"])
+        source: {"found": count, "dropped": count if drop else 0, "across_splits": across[source]}
+        for source, count in sorted(found.items())
     }
     write_json(summary, record)
     shutil.rmtree(hashes)

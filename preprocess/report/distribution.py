@@ -10,6 +10,10 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 
+# Values that wait until they are counted: 8 MB of them.
+MERGE_AT = 1 << 20
+
+
 class Distribution:
     """How often each integer came. Memory: 16 bytes per different value, whatever the number of values."""
 
@@ -21,8 +25,13 @@ class Distribution:
     def add(self, values: Ints) -> None:
         self._waiting.append(values)
         self._num_waiting += len(values)
-        if self._num_waiting >= 1 << 20:
+        if self._num_waiting >= MERGE_AT:
             self._merge()
+
+    @property
+    def num_held(self) -> int:
+        """Numbers in memory."""
+        return len(self._values) + self._num_waiting
 
     def summary(
         self,

@@ -111,7 +111,7 @@ def print_report(stats: Mapping[str, Any], console: Console) -> None:
         ]
         splits.add_row(name, *(f"{count:,}" for count in counts), f"{line['bytes'] / 1e6:,.1f}")
     console.print(splits)
-    account = _table("source", "read", "packed", "in parts", "rejected", "reasons")
+    account = _table("source", "read", "repeated", "packed", "in parts", "rejected", "reasons")
     for name, line in stats["account"].items():
         lost = {
             **line["rejected"],
@@ -120,9 +120,10 @@ def print_report(stats: Mapping[str, Any], console: Console) -> None:
         }
         reasons = ", ".join(f"{reason} {count}" for reason, count in lost.items())
         rejected = sum(line["rejected"].values())
-        numbers = [line["read"], line["packed"], line["split_parts"], rejected]
+        numbers = [line["read"], line["repeated"], line["packed"], line["split_parts"], rejected]
         account.add_row(name, *(f"{number:,}" for number in numbers), reasons or "-")
     console.print(account)
+    _print_mixture(stats, console)
     samples = _table("source", "per sample or image", "mean", *(f"p{p}" for p in PERCENTILES))
     for name, lines in stats["samples"].items():
         for key, line in lines.items():
@@ -130,6 +131,22 @@ def print_report(stats: Mapping[str, Any], console: Console) -> None:
                 values = [line["mean"], *(line[f"p{percent}"] for percent in PERCENTILES)]
                 samples.add_row(name, key.replace("_", " "), *(f"{value:,.4g}" for value in values))
     console.print(samples)
+
+
+def _print_mixture(stats: Mapping[str, Any], console: Console) -> None:
+    """The mixture where one was asked for, and duplicates where there are any."""
+    mixture = _table("source", "weight", "repeat", "train tokens", "share asked", "share")
+    for name, line in stats["mixture"].items():
+        shares = (f"{line[key]:.2%}" for key in ("share_asked", "share"))
+        mixture.add_row(name, f"{line['weight']:g}", f"{line['repeat']:.4g}", f"{line['tokens']:,}", *shares)
+    if any(line["repeat"] != 1 for line in stats["mixture"].values()):
+        console.print(mixture)
+    for name, line in (stats["duplicates"] or {}).items():
+        console.print(
+            f"{name}: {line['found']:,} samples are the same as an earlier one, {line['across_splits']:,} of them in "
+            f"the other split; " + ("left out" if line["dropped"] else "kept"),
+            soft_wrap=True,
+        )
 
 
 def _table(*columns: str) -> Table:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 
-from preprocess.account import SourceAccount, scan_rejects, settle
-from preprocess.index import IndexedUnit
-from preprocess.samples import INDEX_SCHEMA, Reject
+from preprocess.account import ScanCounts, SourceAccount, scan_counts, settle
+from preprocess.index import IndexedUnit, ScannedSample, open_index
+from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject
 
-NOTHING = {"whole": 0, "split": 0, "parts": 0}
+
+def scanned(read: int, **rejected: int) -> ScanCounts:
+    return ScanCounts(read=read, media=read, rejected=Counter(rejected))
+
+
+def planned(whole: int, split: int = 0, parts: int = 0, repeated: int = 0, **rejected: int) -> dict[str, Any]:
+    """One source of `sources` in plan.json, each piece with one picture."""
+    counts = {"whole": whole, "split": split, "parts": parts, "repeated": repeated, "media": whole + parts}
+    return {**counts, "rejected": rejected}
 
 
 def failure(
-    key: str, part: int, parts: int, reason: str = "image_corrupt", unit: str = "u"
+    key: str, part: int, parts: int, reason: str = "image_corrupt", unit: str = "u", **changes: int
 ) -> dict[str, Any]:
     """One line of `rejects` in a shard's result file."""
     return {
@@ -26,8 +34,11 @@ def failure(
         "reason": reason,
         "detail": "",
         "part": part if parts > 1 else -1,
+        "media": -1,
         "unit": unit,
+        "copy": 0,
         "parts": parts,
+        **changes,
     }
 
 
@@ -36,24 +47,21 @@ def result(whole: int, parts: int, *rejects: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_rejects_of_scan_plan_and_pack_and_two_sources_balance_to_the_unit() -> None:
-    early = [
-        Reject("web", "a", "no_image", ""),
-        Reject("web", "b", "exceeds_L", ""),
-        Reject("chat", "c", "no_image", ""),
-    ]
     results = [result(3, 0, failure("d", -1, 1)), result(2, 0)]
-    planned = {"web": {"whole": 6, "split": 0, "parts": 0}, "chat": NOTHING}
-    accounts, rejects = settle(["web", "chat"], {"web": 8, "chat": 1}, early, planned, results)
+    plan = {"web": planned(6, exceeds_L=1), "chat": planned(0)}
+    scan = {"web": scanned(8, no_image=1), "chat": scanned(1, no_image=1)}
+    accounts = settle(["web", "chat"], scan, plan, results)
     assert accounts["web"].as_dict() == {
         "read": 8,
+        "repeated": 0,
         "packed": 5,
         "split_parts": 0,
         "rejected": {"exceeds_L": 1, "image_corrupt": 1, "no_image": 1},
         "parts": {"made": 0, "packed": 0, "rejected": {}, "incomplete_samples": {}},
+        "media_dropped": {},
     }
     assert accounts["chat"].as_dict()["rejected"] == {"no_image": 1}
     assert [account.imbalance() for account in accounts.values()] == [None, None]
-    assert [(reject.key, reject.part) for reject in rejects] == [("a", -1), ("b", -1), ("c", -1), ("d", -1)]
 
 
 def test_a_cut_sample_counts_as_split_until_its_last_part_fails() -> None:
@@ -62,11 +70,10 @@ def test_a_cut_sample_counts_as_split_until_its_last_part_fails() -> None:
         result(1, 1, failure("s", 1, 3), failure("t", 0, 2)),
         result(0, 1, failure("t", 1, 2, "image_unreadable")),
     ]
-    planned = {"web": {"whole": 1, "split": 2, "parts": 5}}
-    accounts, rejects = settle(["web"], {"web": 3}, [], planned, results)
-    account = accounts["web"]
+    account = settle(["web"], {"web": scanned(3)}, {"web": planned(1, 2, 5)}, results)["web"]
     assert account.as_dict() == {
         "read": 3,
+        "repeated": 0,
         "packed": 1,
         "split_parts": 1,
         "rejected": {"image_corrupt": 1},
@@ -76,23 +83,44 @@ def test_a_cut_sample_counts_as_split_until_its_last_part_fails() -> None:
             "rejected": {"image_corrupt": 2, "image_unreadable": 1},
             "incomplete_samples": {"image_corrupt": 1},
         },
+        "media_dropped": {},
     }
     assert account.imbalance() is None
-    assert len(rejects) == 3
+    assert account.losses == {"image_corrupt": 2}
 
 
-def test_parts_of_equal_keys_in_two_files_are_two_samples() -> None:
-    results = [result(0, 2, failure("k", 0, 2, unit="one"), failure("k", 1, 2, unit="two"))]
-    planned = {"web": {"whole": 0, "split": 2, "parts": 4}}
-    accounts, _ = settle(["web"], {"web": 2}, [], planned, results)
-    assert accounts["web"].split_parts == 2 and accounts["web"].imbalance() is None
+def test_parts_of_equal_keys_in_two_files_or_copies_are_two_samples() -> None:
+    for other in ({"unit": "two"}, {"copy": 1}):
+        results = [result(0, 2, failure("k", 0, 2), failure("k", 1, 2, **other))]
+        account = settle(["web"], {"web": scanned(2)}, {"web": planned(0, 2, 4)}, results)["web"]
+        assert account.split_parts == 2 and account.imbalance() is None
+
+
+def test_a_repeated_sample_counts_once_for_every_use() -> None:
+    # 4 samples: two left out, one used three times of which one use fails, one that is a duplicate.
+    plan = {"web": planned(3, repeated=2, left_out_by_mixture=2, duplicate=1)}
+    results = [result(2, 0, failure("a", -1, 1, copy=1))]
+    account = settle(["web"], {"web": scanned(4)}, plan, results)["web"]
+    assert (account.read, account.repeated, account.packed) == (4, 2, 2) and account.imbalance() is None
+    # Of three uses that were wanted, one is lost; what the config leaves out is no loss.
+    assert account.losses == {"image_corrupt": 1} and account.wanted == 3
+
+
+def test_pictures_that_are_dropped_are_a_share_of_those_that_were_to_be_trained_on() -> None:
+    scan = {"web": ScanCounts(read=4, media=9, media_dropped=Counter(image_missing=1))}
+    results = [result(4, 0, failure("a", -1, 1, media=2))]
+    account = settle(["web"], scan, {"web": planned(4)}, results)["web"]
+    assert account.media_dropped == {"image_missing": 1, "image_corrupt": 1}
+    assert account.media_read == 4 + 1  # planned, and lost before
+    assert account.imbalance() is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"read": 8}, "read 8 != packed 5 + split 1 + rejected 1"),
-        ({"packed": 4}, "read 7 != packed 4 + split 1 + rejected 1"),
+        ({"read": 8}, "read 8 + repeated 0 != packed 5 + split 1 + rejected 1"),
+        ({"repeated": 2}, "read 7 + repeated 2 != packed 5 + split 1 + rejected 1"),
+        ({"packed": 4}, "read 7 + repeated 0 != packed 4 + split 1 + rejected 1"),
         ({"parts_made": 4}, "parts made 4 != packed 3 + rejected 0"),
         ({"parts_packed": 2}, "parts made 3 != packed 2 + rejected 0"),
     ],
@@ -107,12 +135,15 @@ def test_a_lost_sample_or_part_does_not_balance(changes: dict[str, int], message
 def test_what_the_scan_read_and_rejected_is_summed_over_its_files(tmp_path: Path) -> None:
     units = []
     for name, source, reasons in (("a", "web", ["", "no_image", ""]), ("b", "web", [""]), ("c", "x", [])):
-        rows = [
-            {"key": f"{name}{number}", "reason": reason, "detail": "why", "segments": []}
-            for number, reason in enumerate(reasons)
-        ]
-        pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), tmp_path / name)
-        units.append(IndexedUnit(source, name, tmp_path / name))
-    read, rejects = scan_rejects(units)
-    assert read == {"web": 4, "x": 0}
-    assert rejects == [Reject("web", "a1", "no_image", "why")]
+        units.append(IndexedUnit(source, name, tmp_path / f"{name}.parquet"))
+        with open_index(units[-1].path) as index:
+            for number, reason in enumerate(reasons):
+                if reason:
+                    index.reject(Reject(source, f"{name}{number}", reason, "why"))
+                    continue
+                segments = [IndexSegment(IMAGE, "x", 0, 9, 3, 8, 8, 1, 2, 2), IndexSegment(TEXT, "", 0, 0, 5)]
+                index.append(ScannedSample(f"{name}{number}", 0, segments, [np.zeros(5, np.int32)]))
+                index.reject(Reject(source, f"{name}{number}", "image_missing", "", media=1))
+    counts = scan_counts(units)
+    assert counts["web"] == ScanCounts(4, 3, Counter(no_image=1), Counter(image_missing=3))
+    assert counts["x"] == ScanCounts()

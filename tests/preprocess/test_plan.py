@@ -2,149 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from preprocess.config import PlanConfig
-from preprocess.executor import SerialExecutor
-from preprocess.index import IndexedUnit, ScannedSample, open_index
-from preprocess.plan import make_plan, read_shard_plan
-from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject
-from preprocess.sources.base import SourceConfig
+from preprocess.samples import IMAGE, TEXT
 from shared.geometry import Budget
-from shared.tokens import TokenIds
 from tests.preprocess.inputs import BUDGET, GEOMETRY
-
-IDS = TokenIds(
-    bos=1, eos=2, pad=0, image=3, begin_image=4, end_image=5, vocabulary_size=262, tokenizer_sha256=""
-)
-Segment = tuple[int, int, int]  # tokens of text, or 0 and the grid of an image
-
-
-def text(tokens: int) -> Segment:
-    return (tokens, 0, 0)
-
-
-def image(h: int, w: int) -> Segment:
-    return (0, h, w)
-
-
-def write_index(
-    path: Path, samples: Mapping[str, Sequence[Segment] | str], content: Mapping[str, int] | None = None
-) -> None:
-    """As the scan writes it. A sample is its segments, or the reason why it was rejected; `content` are hashes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_index(path) as index:
-        for number, (key, sample) in enumerate(samples.items()):
-            if isinstance(sample, str):
-                index.reject(Reject(path.parent.name, key, sample, ""))
-                continue
-            segments = [
-                IndexSegment(IMAGE, "x.tar", 512 * place, 100, tokens or h * w // 4 + 2, 8, 9, 1, h, w)
-                if h
-                else IndexSegment(TEXT, "", 0, 0, tokens)
-                for place, (tokens, h, w) in enumerate(sample)
-            ]
-            texts = [np.zeros(segment.tokens, np.int32) for segment in segments if segment.kind == TEXT]
-            hashed = (content or {}).get(key, 1000 + number)
-            index.append(ScannedSample(key, hashed, segments, texts))
-
-
-class Planned:
-    """What `make_plan` wrote, read back."""
-
-    def __init__(self, directory: Path, summary: dict[str, Any]) -> None:
-        self.summary = summary
-        self.files = {
-            path.name: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-        }
-        self.pieces = [
-            {**row, "pack": (s["name"], row["pack"]), "split": s["split"], "window": s["plan"]}
-            for s in summary["shards"]
-            for row in read_shard_plan(directory / s["plan"], s["row_group"]).to_pylist()
-        ]
-        rejects = sorted(directory.glob("*.rejects.parquet"))
-        self.rejects = [row for path in rejects for row in pq.read_table(path).to_pylist()]
-
-    def packs(self) -> dict[Any, list[dict[str, Any]]]:
-        """Pieces by (shard, pack), in the order of the files."""
-        packs: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
-        for piece in self.pieces:
-            packs[piece["pack"]].append(piece)
-        return dict(packs)
-
-    def members(self) -> set[frozenset[str]]:
-        return {frozenset(piece["key"] for piece in pack) for pack in self.packs().values()}
-
-    def uses(self, source: str = "web") -> Counter[str]:
-        """How often each sample of a source is in the plan, its parts counted once."""
-        own = (piece for piece in self.pieces if piece["source"] == source and piece["part"] == 0)
-        return Counter(piece["key"] for piece in own)
-
-    def counts(self, source: str = "web", *kinds: str) -> Any:
-        line = self.summary["sources"][source]
-        return tuple(line[kind] for kind in kinds or ("whole", "split", "parts"))
-
-
-def run(function: Any, tasks: Sequence[Any], *, label: str, total: int) -> list[Any]:
-    """One task after another, each with what a worker would get: pickled arguments."""
-    executor = SerialExecutor(0)
-    return list(executor.map(function, [pickle.loads(pickle.dumps(task)) for task in tasks]))
-
-
-def plan(
-    directory: Path,
-    samples: Mapping[str, Mapping[str, Sequence[Segment] | str]],
-    budget: Budget = BUDGET,
-    seed: int = 0,
-    too_long: Any = "split",
-    content: Mapping[str, int] | None = None,
-    rules: Mapping[str, Mapping[str, Any]] | None = None,
-    run: Any = run,
-    **options: Any,
-) -> Planned:
-    """`samples` by source, one file each, or by source/file. `rules`: settings of sources."""
-    units = []
-    for name, own in samples.items():
-        source, _, file = name.partition("/")
-        units.append(IndexedUnit(source, f"{name}.tar", directory / "index" / source / f"{file or 0}.parquet"))
-        write_index(units[-1].path, own, content)
-    sources = {
-        unit.source: SourceConfig(paths=("x",), too_long=too_long, **(rules or {}).get(unit.source, {}))
-        for unit in units
-    }
-    output = directory / "plan"
-    summary = make_plan(
-        units,
-        sources,
-        output,
-        budget=budget,
-        geometry=GEOMETRY,
-        ids=IDS,
-        config=PlanConfig(**options),
-        seed=seed,
-        run=run,
-    )
-    return Planned(output, summary)
-
-
-def captioned(count: int, seed: int = 0) -> dict[str, Sequence[Segment]]:
-    rng = np.random.default_rng(seed)
-    return {
-        f"{n:04d}": [image(*(2 * rng.integers(1, 3, 2)).tolist()), text(int(rng.integers(1, 40)))]
-        for n in range(count)
-    }
-
-
-def patches_of(piece: Mapping[str, Any]) -> list[int]:
-    return [s["t"] * s["h"] * s["w"] for s in piece["segments"] if s["kind"] == IMAGE]
+from tests.preprocess.planning import Planned, Segment, captioned, image, patches_of, plan, run, text
 
 
 def test_every_sample_is_in_one_pack_and_no_budget_is_broken(tmp_path: Path) -> None:
@@ -163,7 +34,15 @@ def test_every_sample_is_in_one_pack_and_no_budget_is_broken(tmp_path: Path) -> 
 
 def test_a_plan_file_holds_the_segments_as_the_index_has_them(tmp_path: Path) -> None:
     (piece,) = plan(tmp_path, {"web": {"k": [image(2, 4), text(9)]}}).pieces
-    expected = {"kind": IMAGE, "file": "x.tar", "offset": 0, "size": 100, "tokens": 4, "height": 8, "width": 9}
+    expected = {
+        "kind": IMAGE,
+        "file": "x.tar",
+        "offset": 0,
+        "size": 100,
+        "tokens": 4,
+        "height": 8,
+        "width": 9,
+    }
     assert piece["segments"][0] == {**expected, "t": 1, "h": 2, "w": 4}
     assert piece["segments"][1]["tokens"] == 9 and piece["segments"][1]["kind"] == TEXT
     # bos + 4 + 9 + eos
@@ -275,7 +154,9 @@ def test_what_may_not_be_cut_is_rejected_by_the_name_of_the_budget(
     assert [p["key"] for p in planned.pieces] == ["good"]
     expected = {"source": "chat", "key": "k", "part": -1, "media": -1, "reason": reason, "detail": detail}
     assert planned.rejects == [expected]
-    assert planned.counts("chat") == (1, 0, 0) and planned.summary["sources"]["chat"]["rejected"] == {reason: 1}
+    assert planned.counts("chat") == (1, 0, 0) and planned.summary["sources"]["chat"]["rejected"] == {
+        reason: 1
+    }
 
 
 @pytest.mark.parametrize(
@@ -337,3 +218,61 @@ def test_a_hundred_petabytes_are_cut_into_shards_like_a_hundred_kilobytes(tmp_pa
     samples = {f"{n}": [(10, 1 << 20, 1 << 20)] for n in range(3000)}
     planned = plan(tmp_path, {"web": samples}, Budget(S=64, N=1, L=1 << 40), shard_bytes=480 << 40)
     assert [shard["packs"] for shard in planned.summary["shards"]] == [10] * 300
+
+
+def long_and_short(count: int) -> dict[str, list[Segment]]:
+    """Every tenth is cut into four parts."""
+    return {f"{n:05d}": [text(198 if n % 10 == 0 else 10 + n % 40)] for n in range(count)}
+
+
+def test_any_number_of_workers_and_any_interruption_give_the_same_files(tmp_path: Path) -> None:
+    samples = {"web": long_and_short(150), "chat": captioned(90)}
+    options: dict[str, Any] = {"window": 30, "shard_bytes": 9_000, "validation_fraction": 0.2}
+    options |= {"duplicates": "drop", "content": dict.fromkeys(("00003", "00004", "0005"), 7)}
+    options |= {"rules": {"chat": {"repeat": 0.7}}}
+    whole = plan(tmp_path / "a", samples, **options)
+    assert len({shard["plan"] for shard in whole.summary["shards"]}) == 9
+
+    def in_two_processes(function: Any, tasks: Sequence[Any], **_: Any) -> list[Any]:
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            return [done.result() for done in as_completed([pool.submit(function, t) for t in tasks])]
+
+    ended: list[str] = []
+
+    def until_the_fourth_window(function: Any, tasks: Sequence[Any], *, label: str, total: int) -> list[Any]:
+        if label == "plan":
+            run(function, tasks[:3], label=label, total=total)
+            raise KeyboardInterrupt
+        return run(function, tasks, label=label, total=total)
+
+    def told(function: Any, tasks: Sequence[Any], *, label: str, total: int) -> list[Any]:
+        ended.extend(str(task) for task in tasks if label == "plan")
+        return run(function, tasks, label=label, total=total)
+
+    assert plan(tmp_path / "b", samples, run=in_two_processes, **options).files == whole.files
+    with pytest.raises(KeyboardInterrupt):
+        plan(tmp_path / "c", samples, run=until_the_fourth_window, **options)
+    again = plan(tmp_path / "c", samples, run=told, **options)
+    assert again.files == whole.files
+    assert ended == [f"train-{n:06d}" for n in range(3, 7)] + ["validation-000000", "validation-000001"]
+
+
+def test_the_windows_of_a_split_are_equally_full(tmp_path: Path) -> None:
+    # 101 pieces in windows of at most 30: four, not three full ones and a rest of 11.
+    planned = plan(tmp_path / "a", {"web": captioned(101)}, window=30)
+    pieces = Counter(piece["window"] for piece in planned.pieces)
+    assert sorted(pieces.values()) == [25, 25, 25, 26]
+    # 1800 samples, and 200 that are cut into 4 parts: 2600 pieces, 10 windows.
+    planned = plan(tmp_path / "b", {"web": long_and_short(2000)}, window=261)
+    pieces = Counter(piece["window"] for piece in planned.pieces)
+    assert len(pieces) == 10 and min(pieces.values()) > 220 and max(pieces.values()) < 300
+
+
+def test_a_validation_split_of_few_samples_is_packed_together(tmp_path: Path) -> None:
+    samples = {f"web/{n}": {f"{n}-{key}": s for key, s in long_and_short(300).items()} for n in range(4)}
+    planned = plan(tmp_path, samples, window=100, validation_fraction=0.02)
+    packs = [pack for pack in planned.packs().values() if pack[0]["split"] == "validation"]
+    used = sum(piece["end"] - piece["start"] for pack in packs for piece in pack)
+    # 24 +- 5 samples out of four files and 16 windows of training samples.
+    assert len({piece["window"] for piece in planned.pieces}) == 17 and 12 <= sum(map(len, packs)) <= 60
+    assert used / (len(packs) * BUDGET.S) > 0.75
