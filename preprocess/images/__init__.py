@@ -2,8 +2,8 @@
 
     header  size as displayed, every limit, no pixel decoded
     decode  pixels as stored, at full size or, of large JPEGs, at a half, a quarter or an eighth of it
-    resize  to the patch grid, in the picture's own colours
-    colour  palettes, 16 bits, transparency before the resize; CMYK and embedded profiles after it
+    resize  to the patch grid
+    colour  palettes, 16 bits, inks and transparency before the resize; embedded profiles of RGB and grey after it
 
 No size is taken on trust: both passes hold it against the limits before a pixel is decoded.
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from preprocess.config import ImageConfig, ImageLimits
-from preprocess.images.colour import has_alpha, profile_of, to_srgb
+from preprocess.images.colour import follows_early, profile_of, to_srgb
 from preprocess.images.decode import decode_pixels
 from preprocess.images.errors import ImageError, reject_as
 from preprocess.images.header import Header, open_picture, read_header
@@ -69,8 +69,9 @@ def load_image(
     width, height = picture.size
     covered = (height / scale, width / scale) if scale > 1 else None
     pixels_hwc = resize(pixels_hwc, h, w, geometry, covered=covered)
-    with reject_as("image_corrupt", file):
-        pixels_hwc = to_srgb(pixels_hwc, None if has_alpha(picture) else profile)
+    if profile is not None and not follows_early(picture):
+        with reject_as("image_corrupt", file):
+            pixels_hwc = to_srgb(pixels_hwc, profile)
     # Turned last: the picture is small by now.
     return _upright(pixels_hwc, orientation)
 

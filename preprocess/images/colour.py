@@ -1,9 +1,11 @@
 """Colours: every mode that a decoder gives, and every embedded profile, to 8 bits of sRGB.
 
-Two steps, because the costly one runs on the resized picture: `opaque` takes a decoded picture to 8 bits per
-channel without transparency, RGB or CMYK; `to_srgb` takes those to sRGB, by the profile where there is one.
-Profiles of RGB, grey and CMYK are used; one that cannot be read, or is of other colours than the picture, is no
-profile.
+Two steps, because the costly one can wait for the resized picture: `opaque` takes a decoded picture to RGB of
+8 bits without transparency, `to_srgb` follows the profile. Inks and what lies over a background do not mix as
+their RGB does: `follows_early` says that `opaque` has followed the profile.
+
+Profiles of RGB, grey and CMYK are followed; one that cannot be read, or is of other colours than the picture, is
+no profile.
 """
 
 from __future__ import annotations
@@ -54,33 +56,32 @@ def has_alpha(picture: Image.Image) -> bool:
     return picture.mode in _ALPHA or "transparency" in picture.info
 
 
-def opaque(picture: Image.Image, background: tuple[int, int, int], profile: Transform | None) -> Pixels:
-    """Any decoded picture to uint8 [H, W, 3], CMYK to [H, W, 4]: palettes resolved, 16-bit grey scaled and not
-    clipped, transparency over the background.
+def follows_early(picture: Image.Image) -> bool:
+    """Whether `opaque` follows the profile."""
+    return picture.mode == "CMYK" or has_alpha(picture)
 
-    profile: for pictures with transparency, whose colours become sRGB before the background comes to them.
-    """
+
+def opaque(picture: Image.Image, background: tuple[int, int, int], profile: Transform | None) -> Pixels:
+    """Any decoded picture to RGB uint8 [H, W, 3]: palettes resolved, 16-bit grey scaled and not clipped, inks as
+    they print, transparency over the background."""
     mode = picture.mode
     if mode.startswith("I;16") or mode == "I":
         return _from_sixteen_bits(picture, background)
     if mode == "F":
         raise ValueError("floating-point pictures have no agreed range")
-    if mode == "CMYK":
-        return np.asarray(picture)
+    if mode == "CMYK" and profile is not None:
+        return to_srgb(np.asarray(picture), profile)
     if has_alpha(picture):
         return _over(picture.convert("RGBA"), background, profile)
-    return np.asarray(picture.convert("RGB"))
+    return np.asarray(picture.convert("RGB"))  # inks: (255 - ink) * (255 - black) / 255
 
 
-def to_srgb(pixels_hwc: Pixels, profile: Transform | None) -> Pixels:
-    """uint8 [H, W, 3], or CMYK [H, W, 4], to sRGB [H, W, 3]."""
-    if profile is None:
-        if pixels_hwc.shape[2] == 3:
-            return pixels_hwc
-        return np.asarray(_image(pixels_hwc, "CMYK").convert("RGB"))  # (255 - ink) * (255 - black) / 255
+def to_srgb(pixels_hwc: Pixels, profile: Transform) -> Pixels:
+    """uint8 [H, W, C] to sRGB uint8 [H, W, 3]."""
     # Grey is three equal channels by now.
     channels = pixels_hwc[..., 0] if profile.input_mode == "L" else pixels_hwc
-    return np.asarray(profile.apply(_image(channels, profile.input_mode)))
+    picture = Image.fromarray(np.ascontiguousarray(channels), profile.input_mode)
+    return np.asarray(profile.apply(picture))
 
 
 def _from_sixteen_bits(picture: Image.Image, background: tuple[int, int, int]) -> Pixels:
@@ -132,7 +133,3 @@ def _changes_nothing(transform: Transform) -> bool:
         lattice_hwc = np.repeat(lattice_hwc[..., :1], 3, axis=2)
     moved_hwc = np.abs(to_srgb(lattice_hwc, transform).astype(np.int16) - lattice_hwc)
     return int(moved_hwc.max()) <= _SAME_COLOURS
-
-
-def _image(pixels: Pixels, mode: str) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels), mode)

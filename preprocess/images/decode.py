@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import simplejpeg
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageChops, TiffImagePlugin
 
 from preprocess.config import ImageLimits
 from preprocess.images.colour import Pixels, Transform, opaque, scale_clear_colour
@@ -35,7 +35,7 @@ def decode_pixels(
     background: tuple[int, int, int],
     profile: Transform | None,
 ) -> tuple[Pixels, int]:
-    """uint8 [H, W, 3], or CMYK [H, W, 4], in the order of the file, and the divisor of its size: 1, 2, 4 or 8.
+    """RGB uint8 [H, W, 3] in the order of the file, and the divisor of its size: 1, 2, 4 or 8.
 
     target: (height, width) that the pixels are going to be resized to, which allows fewer pixels; None for all.
 
@@ -51,19 +51,18 @@ def decode_pixels(
     with reject_as("image_corrupt", io.BytesIO(data)), pillow_limit(limits.max_pixels), quiet:
         scale_clear_colour(picture)
         picture.load()
-        pixels_hwc = _in_bands(picture, background, profile)
-    return (255 - pixels_hwc if _is_negative(picture) else pixels_hwc), 1
+        # Pillow takes every CMYK JPEG for one of Adobe's, which hold the paper that shows instead of the ink.
+        negative = picture.format == "JPEG" and picture.mode == "CMYK" and "adobe" not in picture.info
+        loaded = ImageChops.invert(picture) if negative else picture
+        pixels_hwc = _in_bands(loaded, background, profile)
+    return (255 - pixels_hwc if _is_white_zero(picture) else pixels_hwc), 1
 
 
-def _is_negative(picture: Image.Image) -> bool:
-    """Whether Pillow gives dark for light: it takes every CMYK JPEG for one of Adobe's, which hold the paper that
-    shows instead of the ink, and every TIFF of 16-bit grey for one in which 0 is black."""
-    if picture.format == "JPEG":
-        return picture.mode == "CMYK" and "adobe" not in picture.info
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):
-        white_is_zero = picture.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-        return white_is_zero and picture.mode.startswith("I;16")
-    return False
+def _is_white_zero(picture: Image.Image) -> bool:
+    """Whether a TIFF's grey runs from white to black: of 16 bits, Pillow gives it as it is."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile) or not picture.mode.startswith("I;16"):
+        return False
+    return picture.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def _turbo(data: bytes | memoryview, size: tuple[int, int], scale: int) -> Pixels | None:
@@ -91,7 +90,7 @@ def _in_bands(picture: Image.Image, background: tuple[int, int, int], profile: T
     if width * height <= BAND_PIXELS:
         return opaque(picture, background, profile)
     rows = max(1, BAND_PIXELS // width)
-    out_hwc = np.empty((height, width, 4 if picture.mode == "CMYK" else 3), np.uint8)
+    out_hwc = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         band = picture.crop((0, top, width, bottom))

@@ -6,6 +6,7 @@ turned by EXIF, from icons to 20 megapixels.
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from preprocess.__main__ import main
 from preprocess.verify import verify_dataset
@@ -48,6 +50,8 @@ def dataset(shared_data: Path, tars: list[Path], tmp_path_factory: pytest.TempPa
     output = tmp_path_factory.mktemp("real") / "dataset"
     words = ["run", str(CONFIG), "--output", str(output), "--executor", "serial"]
     words += ["--tokenizer", str(shared_data / "tokenizer-bpe8k")]
+    # What the reference does not do: decode to fewer pixels, and follow profiles.
+    words += ["--images.dct_scaling", "false", "--images.convert_profiles", "false"]
     words += ["--sources.captions.paths", *map(str, tars)]
     assert main(words) == 0
     return output
@@ -101,8 +105,16 @@ def test_tokens_labels_and_patches_of_every_sample_equal_the_reference(
             ((start, h, w, patches),) = expected[name].images
             image = next(i for i in pack["images"] if i["token_start"] == here.start + start)
             assert (image["t"], image["h"], image["w"]) == (1, h, w), name
-            np.testing.assert_array_equal(blobs[image["token_start"]], patches, err_msg=str(name))
+            levels = np.abs(blobs[image["token_start"]].astype(int) - patches)
+            # What lies on its side is turned after the resize: its two passes round in the other order.
+            assert levels.max() <= lies_on_its_side(samples[name]), name
     assert found == Counter(samples.keys())
+
+
+def lies_on_its_side(segments: Segments) -> bool:
+    (picture,) = (segment for segment in segments if isinstance(segment, bytes))
+    opened = Image.open(io.BytesIO(picture))
+    return opened.format != "TIFF" and opened.getexif().get(0x0112, 1) >= 5
 
 
 def test_every_caption_comes_back_from_its_tokens(
