@@ -10,9 +10,10 @@ the pack closes the gap.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from preprocess.config import CostConfig, ImageConfig, ImageLimits
 from preprocess.cost import pack_cost
+from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, load_image
 from preprocess.index import media_file, token_file
 from preprocess.inputs import read_range
@@ -57,6 +59,8 @@ class PackTask:
     directory: str
     # Hash of what the plan was made from; the result carries it.
     identity: str
+    # What to leave out (`preprocess.faults`): pictures and videos, numbered through the shard.
+    crashed: dict[int, str] = field(default_factory=dict[int, str])
 
     def __str__(self) -> str:
         return str(self.output)
@@ -126,10 +130,11 @@ def pack_shard(task: PackTask) -> int:
     totals = {"tokens": 0, "labels": 0, "patches": 0, "images": 0, "documents": 0}
     with atomic_path(task.output) as temporary:
         writer = ShardWriter(temporary, task.budget.S, task.fingerprint)
+        media = itertools.count()
         for pieces in _read_plan(task.plan, task.row_group):
-            members = [
-                member for piece in pieces if (member := _load_piece(piece, task, rejects)) is not None
-            ]
+            loaded = [_load_piece(piece, task, media, rejects) for piece in pieces]
+            begin(NO_ITEM)
+            members = [member for member in loaded if member is not None]
             if not members:
                 continue
             pack, documents = _assemble(members, task)
@@ -171,8 +176,13 @@ def _read_plan(path: Path, row_group: int) -> Iterator[list[Piece]]:
         yield current
 
 
-def _load_piece(piece: Piece, task: PackTask, rejects: list[dict[str, Any]]) -> PackedPiece | None:
-    """Tokens and resized pictures of a piece; what is lost of it is added to `rejects`."""
+def _load_piece(
+    piece: Piece, task: PackTask, media: Iterator[int], rejects: list[dict[str, Any]]
+) -> PackedPiece | None:
+    """Tokens and resized pictures of a piece; what is lost of it is added to `rejects`.
+
+    `media` numbers the pictures of the shard.
+    """
     segments: list[IndexSegment] = []
     texts: list[Tokens] = []
     images: list[LoadedImage] = []
@@ -187,13 +197,13 @@ def _load_piece(piece: Piece, task: PackTask, rejects: list[dict[str, Any]]) -> 
             continue
         number += 1
         try:
-            frames = _load_frames(piece, segment, task)
+            frames = _load_frames(piece, segment, task, next(media))
         except ImageError as error:
             dropped.append(error)
             if task.bad_media[piece.source] == "reject":
                 break
-            media = piece.first_image + number
-            reject = Reject(piece.source, piece.key, error.reason, str(error), part, media)
+            lost = piece.first_image + number
+            reject = Reject(piece.source, piece.key, error.reason, str(error), part, lost)
             rejects.append({**asdict(reject), **origin})
             continue
         images.append(LoadedImage(frames, piece.rows[number], segment.t, segment.h, segment.w))
@@ -227,8 +237,15 @@ def _read_tokens(piece: Piece, segment: IndexSegment, task: PackTask) -> Tokens:
     return np.frombuffer(data, "<i4")
 
 
-def _load_frames(piece: Piece, segment: IndexSegment, task: PackTask) -> npt.NDArray[np.uint8]:
-    """The picture as frames of a temporal patch: a still one fills all of them."""
+def _load_frames(piece: Piece, segment: IndexSegment, task: PackTask, number: int) -> npt.NDArray[np.uint8]:
+    """The picture as frames of a temporal patch: a still one fills all of them.
+
+    Raises:
+        ImageError: it cannot be decoded, or killed a worker.
+    """
+    begin(number)
+    if detail := task.crashed.get(number):
+        raise ImageError("crashed", detail)
     data = read_range(task.place_of(piece, segment), segment.offset, segment.size)
     frame = load_image(
         data,
