@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import errno
 import glob
-import gzip
 import io
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from preprocess.samples import Place
 from shared import remote
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Read = Callable[[Place], bytes]
+# A path, or an open file that has none.
+Local = str | io.FileIO
 
 # Requests under way at a time, and not more than a store's client keeps connections for. A picture of 100 KB
 # takes 20 to 100 ms to arrive, nearly all of it waiting.
@@ -93,42 +93,26 @@ def open_input(path: str) -> BinaryIO:
     return io.BufferedReader(_RawSpan(path, 0, remote.state_of(path).size), STREAM_BYTES)
 
 
-def open_stream(path: str) -> BinaryIO:
-    """A raw file's content from its start, decompressed if its name ends in .gz or .zst; not seekable then."""
-    file = open_input(path)
-    if path.endswith((".gz", ".tgz")):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
-    if path.endswith(".zst"):
-        import zstandard
+def local_copy(path: str) -> Local:
+    """The content of a raw file on this machine: the path itself, or a copy without a name, gone with its last reader.
 
-        return cast(
-            BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
-        )
+    For what is read more than once, from here and there. Copies lie where temporary files do (TMPDIR).
+    """
+    if not is_remote(path):
+        return path
+    file = tempfile.TemporaryFile(buffering=0)
+    remote.download(path, file.fileno())
     return file
 
 
-@contextmanager
-def local_copy(path: str) -> Generator[str, None, None]:
-    """A file of this machine with the content of a raw file: itself, or a copy that goes with the block.
-
-    For what is read more than once from here and there. The copy lies in the directory for temporary files (TMPDIR).
-    """
-    if not is_remote(path):
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(prefix="parquetry-") as file:
-        remote.download(path, Path(file.name))
-        yield file.name
-
-
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """Bytes [offset, offset + size) of a raw file; any number of readers may share it.
+def read_range(path: Local, offset: int, size: int) -> bytes:
+    """Bytes [offset, offset + size) of a raw file or a copy; any number of readers may share it.
 
     Raises:
         UserError: the file is gone or has become shorter.
         OSError: it cannot be read now; the executor tries again.
     """
-    if is_remote(path):
+    if isinstance(path, str) and is_remote(path):
         data = remote.read_range(path, offset, size)
         if len(data) != size:
             raise _shrunk(path)
@@ -136,15 +120,15 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     pieces: list[bytes] = []
     end = offset + size
     while offset < end:  # one call returns at most 2 GiB
-        pieces.append(os.pread(open_cached(path).fileno(), end - offset, offset))
+        pieces.append(os.pread(_opened(path).fileno(), end - offset, offset))
         if not pieces[-1]:
             raise _shrunk(path)
         offset += len(pieces[-1])
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _shrunk(path: str) -> UserError:
-    return UserError(f"{shown(path)} is shorter than at the scan; run again with --on_change rebuild")
+def _shrunk(path: Local) -> UserError:
+    return UserError(f"{shown(str(path))} is shorter than at the scan; run again with --on_change rebuild")
 
 
 def read_ahead(items: Iterable[T], places: Callable[[T], Sequence[Place]]) -> Iterator[tuple[T, Read]]:
@@ -188,6 +172,10 @@ def _parts(place: Place) -> tuple[str, int, int]:
     return place.file, place.offset, place.size
 
 
+def _opened(path: Local) -> io.FileIO:
+    return open_cached(path) if isinstance(path, str) else path
+
+
 def open_cached(path: str) -> io.FileIO:
     """An open file of this process that is shared: only for `pread`, which needs no position.
 
@@ -209,7 +197,7 @@ def _open_cached(path: str) -> io.FileIO:
 class Span(io.BufferedReader):
     """Bytes [offset, offset + size) of a raw file as a file of their own, read when asked for."""
 
-    def __init__(self, path: str, offset: int, size: int) -> None:
+    def __init__(self, path: Local, offset: int, size: int) -> None:
         super().__init__(_RawSpan(path, offset, size))
         self._size = size
 
@@ -219,9 +207,8 @@ class Span(io.BufferedReader):
 
 
 class _RawSpan(io.RawIOBase):
-    def __init__(self, path: str, offset: int, size: int) -> None:
+    def __init__(self, path: Local, offset: int, size: int) -> None:
         self._path, self._offset, self._size, self._position = path, offset, size, 0
-        self._remote = is_remote(path)
 
     def readable(self) -> bool:
         return True
@@ -243,14 +230,14 @@ class _RawSpan(io.RawIOBase):
         view = memoryview(buffer)[: max(0, self._size - self._position)]
         count = self._fill(view, self._offset + self._position) if view else 0
         if view and not count:
-            raise OSError(errno.EIO, "shorter than when its headers were read", shown(self._path))
+            raise OSError(errno.EIO, "shorter than when its headers were read", shown(str(self._path)))
         self._position += count
         return count
 
     def _fill(self, view: memoryview, offset: int) -> int:
-        if not self._remote:
-            file = open_cached(self._path)  # not kept: a batch of samples may name thousands of files
-            return os.preadv(file.fileno(), [view], offset)
-        data = remote.read_range(self._path, offset, len(view))
-        view[: len(data)] = data
-        return len(data)
+        if isinstance(self._path, str) and is_remote(self._path):
+            data = remote.read_range(self._path, offset, len(view))
+            view[: len(data)] = data
+            return len(data)
+        file = _opened(self._path)  # not kept: a batch of samples may name thousands of files
+        return os.preadv(file.fileno(), [view], offset)

@@ -162,18 +162,18 @@ def _read_part(uri: str, offset: int, size: int) -> bytes:
     return _attempt(uri, read)
 
 
-def download(uri: str, local: Path) -> None:
-    """Copy an object to a file of this machine, in parts at a time.
+def download(uri: str, file: int) -> None:
+    """Copy an object into an open file of this machine, some parts at a time.
 
     Raises:
         UserError: it changed meanwhile.
     """
     state = state_of(uri)
-    with open(local, "wb") as file, ThreadPoolExecutor(DOWNLOADS) as pool:
 
-        def copy(offset: int) -> int:
-            return os.pwrite(file.fileno(), _read_part(uri, offset, PART_BYTES), offset)
+    def copy(offset: int) -> int:
+        return os.pwrite(file, _read_part(uri, offset, PART_BYTES), offset)
 
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
         copied = sum(pool.map(copy, range(0, state.size, PART_BYTES)))
     if copied != state.size or state_of(uri) != state:
         raise UserError(f"{shown(uri)}: changed while it was read; run again when it is written no more")

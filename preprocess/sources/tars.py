@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import pyarrow as pa
 import xxhash
 
-from preprocess.inputs import open_input
+from preprocess.inputs import Local, open_input
 from preprocess.sources.base import BadFileError
 from preprocess.sources.record import is_damage
 
@@ -70,19 +70,19 @@ def compression_of(unit: str) -> str:
     return "zstd" if magic == _ZSTD or skipped else ""
 
 
-def walk_plain(unit: str, path: str) -> tuple[list[Group], str]:
+def walk_plain(unit: str, file: Local) -> tuple[list[Group], str]:
     """Groups in order of first appearance, then repeated ones; and what stopped the walk, "" at a proper end.
 
-    `path` is a file of this machine with the content of `unit`.
+    `file` is the content of `unit` on this machine.
 
     Raises:
         BadFileError: it is not a tar at all.
         OSError: it cannot be read now; the executor tries again.
     """
-    size = os.path.getsize(path)
     groups: dict[str, Group] = {}
     repeats: list[Group] = []
-    with closing(_HeaderFile(path)) as headers:
+    with closing(_HeaderFile(file)) as headers:
+        size = os.fstat(headers.fileno()).st_size
         tar = _open_tar(unit, headers)
         damage = ""
         while not damage and (member := _next_member(tar)) is not None:
@@ -181,8 +181,8 @@ class _Window:
 class _HeaderFile(io.BufferedReader):
     """A tar of which headers are read."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(io.FileIO(path))
+    def __init__(self, file: Local) -> None:
+        super().__init__(io.FileIO(file if isinstance(file, str) else os.dup(file.fileno())))
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(_header_bytes(size))

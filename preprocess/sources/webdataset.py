@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from preprocess.inputs import Span, expand_paths, local_copy, read_range
+from preprocess.inputs import Local, Span, expand_paths, local_copy, read_range
 from preprocess.samples import IMAGE, Media, Missing, Place, RawSample, Reject
 from preprocess.sources.base import SourceConfig, SourceContext
 from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
@@ -80,10 +80,10 @@ class WebDataset:
                 else:
                     yield self._reject(rest, "archive_damaged", group)
             return
-        with local_copy(unit) as path:
-            groups, damage = walk_plain(unit, path)
-            for group in groups:
-                yield self._sample(unit, path, group)
+        file = local_copy(unit)
+        groups, damage = walk_plain(unit, file)
+        for group in groups:
+            yield self._sample(unit, file, group)
         if damage:
             yield self._reject(rest, "archive_damaged", damage)
 
@@ -93,8 +93,8 @@ class WebDataset:
             return self._max_media_bytes
         return MAX_CAPTION_BYTES if extension == self._caption else -1
 
-    def _sample(self, unit: str, path: str | None, group: Group) -> RawSample | Reject:
-        """`path`: a file of this machine with the content of `unit`; None for a stream, whose members carry theirs."""
+    def _sample(self, unit: str, file: Local | None, group: Group) -> RawSample | Reject:
+        """`file`: the content of `unit` on this machine; None for a stream, whose members carry theirs."""
         if group.fault == "repeated":
             return self._reject(group.key, "duplicate_key", "the tar holds this key twice; the first is used")
         images = [member for name, member in group.members.items() if name in IMAGE_EXTENSIONS]
@@ -113,7 +113,7 @@ class WebDataset:
         if caption.size > MAX_CAPTION_BYTES:
             detail = f"{caption.size} bytes, limit {MAX_CAPTION_BYTES}"
             return self._reject(group.key, "caption_too_many_bytes", detail)
-        data = caption.data if path is None else read_range(path, caption.offset, caption.size)
+        data = caption.data if file is None else read_range(file, caption.offset, caption.size)
         assert data is not None, "a caption below the limit is kept"
         try:
             text = self._text(data)
@@ -125,14 +125,14 @@ class WebDataset:
             return self._reject(group.key, "no_caption", f"no text field {error} in the .json member")
         if not text.strip():
             return self._reject(group.key, "caption_empty", f"{caption.size} bytes of white space")
-        picture = self._picture(unit, path, images[0])
+        picture = self._picture(unit, file, images[0])
         segments = fill_prompt(self._prompt, picture, text, learn_prompt=self._learn_prompt)
         return RawSample(group.key, segments)
 
-    def _picture(self, unit: str, path: str | None, member: Member) -> Media | Missing:
-        if path is not None:
+    def _picture(self, unit: str, file: Local | None, member: Member) -> Media | Missing:
+        if file is not None:
             place = Place(unit, member.offset, member.size)
-            return Media(IMAGE, Span(path, member.offset, member.size), place)
+            return Media(IMAGE, Span(file, member.offset, member.size), place)
         if member.data is None:
             detail = f"{member.size} bytes, limit {self._max_media_bytes}"
             return Missing("image_too_many_bytes", detail)

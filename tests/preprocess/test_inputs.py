@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import os
 from pathlib import Path
 
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess.inputs import Span, expand_paths, open_stream, read_range
+from preprocess.inputs import Span, expand_paths, read_range
 from shared.errors import UserError
 from tests.preprocess.inputs import Reads, noise
 
@@ -57,15 +54,6 @@ def test_a_file_that_shrank_or_went_since_the_scan_is_named(tmp_path: Path) -> N
         read_range(str(path), 90, 11)
     with pytest.raises(UserError, match="b is gone since the scan; put it back"):
         read_range(str(tmp_path / "b"), 0, 10)
-
-
-def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path) -> None:
-    content = os.urandom(1000) * 50
-    frames = zstandard.compress(content[:20_000]) + zstandard.compress(content[20_000:])
-    for name, data in (("a.txt", content), ("a.txt.gz", gzip.compress(content)), ("a.txt.zst", frames)):
-        (tmp_path / name).write_bytes(data)
-        with open_stream(str(tmp_path / name)) as file:
-            assert file.read() == content, name
 
 
 def test_paths_and_patterns_name_every_file_once_in_order(tmp_path: Path) -> None:
