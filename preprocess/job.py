@@ -153,6 +153,8 @@ class Job:
             images=self.config.images,
             cost=self.config.cost,
             fingerprint=fingerprint_of(self.contract),
+            codec=self.config.codec,
+            codec_settings={"jpeg_quality": self.config.jpeg_quality, "zstd_level": self.config.zstd_level},
             directory=os.getcwd(),
             identity=short_hash(self.identity),
         )

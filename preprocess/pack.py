@@ -29,6 +29,7 @@ from preprocess.inputs import read_range
 from preprocess.plan import read_shard_plan
 from preprocess.samples import STORE, TEXT, IndexSegment, Reject
 from preprocess.stream import image_starts, token_stream
+from shared.codecs import ImageEncoder, image_encoder, store_patches
 from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
@@ -55,6 +56,8 @@ class PackTask:
     images: ImageConfig
     cost: CostConfig
     fingerprint: str
+    codec: str
+    codec_settings: dict[str, int]
     # Relative raw paths of the plan are below this directory, whatever the worker's own is.
     directory: str
     # Hash of what the plan was made from; the result carries it.
@@ -130,6 +133,7 @@ def pack_shard(task: PackTask) -> int:
     totals = {"tokens": 0, "labels": 0, "patches": 0, "images": 0, "documents": 0}
     with atomic_path(task.output) as temporary:
         writer = ShardWriter(temporary, task.budget.S, task.fingerprint)
+        encode = image_encoder(task.codec, task.geometry, **task.codec_settings)
         media = itertools.count()
         for pieces in _read_plan(task.plan, task.row_group):
             loaded = [_load_piece(piece, task, media, rejects) for piece in pieces]
@@ -137,13 +141,13 @@ def pack_shard(task: PackTask) -> int:
             members = [member for member in loaded if member is not None]
             if not members:
                 continue
-            pack, documents = _assemble(members, task)
+            pack, documents = _assemble(members, task, encode)
             writer.append(pack, documents)
             for member in members:
                 packed[member.piece.source]["whole" if member.piece.parts == 1 else "parts"] += 1
             totals["tokens"] += sum(document.length for document in documents)
             totals["labels"] += int((pack.labels_S != IGNORE_LABEL).sum())
-            totals["patches"] += len(pack.patches_XP)
+            totals["patches"] += pack.num_patches
             totals["images"] += len(pack.images)
             totals["documents"] += len(documents)
         writer.close()
@@ -258,7 +262,9 @@ def _load_frames(piece: Piece, segment: IndexSegment, task: PackTask, number: in
     return np.broadcast_to(frame, (task.geometry.temporal_patch_size, *frame.shape))
 
 
-def _assemble(members: Sequence[PackedPiece], task: PackTask) -> tuple[Pack, list[Document]]:
+def _assemble(
+    members: Sequence[PackedPiece], task: PackTask, encode: ImageEncoder | None
+) -> tuple[Pack, list[Document]]:
     budget = task.budget
     tokens_S = np.full(budget.S, task.ids.pad, np.int32)
     labels_S = np.full(budget.S, IGNORE_LABEL, np.int32)
@@ -279,9 +285,10 @@ def _assemble(members: Sequence[PackedPiece], task: PackTask) -> tuple[Pack, lis
     positions_S[start:] = np.arange(budget.S - start)
     images.sort(key=lambda placed: placed[0].row)  # stable: document order inside a row
     table, patches_XP = _assemble_vision(images, task.geometry)
+    stored = store_patches(patches_XP, table, encode)
     lengths = [document.length for document in documents]
     cost = pack_cost(lengths, (image.patches for image, _ in images), task.cost)
-    return Pack(tokens_S, labels_S, positions_S, patches_XP, table, cost), documents
+    return Pack(tokens_S, labels_S, positions_S, stored, table, cost), documents
 
 
 def _assemble_vision(
@@ -296,11 +303,10 @@ def _assemble_vision(
         table[column] = values
     patches = np.array([image.patches for image, _ in images], np.int64)
     table["offset"] = row_offsets(table["row"], patches)
-    table["nbytes"] = patches * geometry.values_per_patch
     patches_XP = np.empty((int(patches.sum()), geometry.values_per_patch), np.uint8)
-    begin = 0
+    start = 0
     for image, _ in images:
         view = patchify(image.frames_thwc, geometry)
-        patches_XP[begin : begin + image.patches].reshape(view.shape)[...] = view
-        begin += image.patches
+        patches_XP[start : start + image.patches].reshape(view.shape)[...] = view
+        start += image.patches
     return table, patches_XP
