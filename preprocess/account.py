@@ -98,6 +98,8 @@ class ScanCounts:
     media: int = 0
     rejected: Counter[str] = field(default_factory=Counter[str])
     media_dropped: Counter[str] = field(default_factory=Counter[str])
+    # Tokens of text of which the source says that they are only read.
+    unlearned_tokens: int = 0
 
 
 def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
@@ -107,6 +109,7 @@ def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
         found, line = read_counts(unit.path), counts.setdefault(unit.source, ScanCounts())
         line.read += found["read"]
         line.media += found["media"]
+        line.unlearned_tokens += found["unlearned_tokens"]
         line.rejected.update(found["rejected"])
         line.media_dropped.update(found["media_dropped"])
     return counts

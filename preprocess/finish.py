@@ -27,7 +27,7 @@ from shared.errors import UserError
 from shared.files import atomic_path, write_json
 from shared.geometry import Budget
 from shared.tables import read_table
-from shared.tokens import TOKENIZER_FILES
+from shared.tokens import tokenizer_files
 
 # A rate over fewer samples says nothing: the ceiling is checked once this many have been read.
 MIN_SAMPLES_FOR_REJECT_RATE = 20
@@ -53,7 +53,8 @@ def finish(
         RuntimeError: the account does not balance, a defect of the program.
     """
     names = [shard["name"] for shard in plan["shards"]]
-    accounts = settle(list(sources), scan_counts(units), plan["sources"], map(read_result, names))
+    scanned = scan_counts(units)
+    accounts = settle(list(sources), scanned, plan["sources"], map(read_result, names))
     _check_accounts(accounts, sources)
     shards = [
         line for shard in plan["shards"] if (line := _shard_line(shard, read_result(shard["name"])))["packs"]
@@ -64,13 +65,12 @@ def finish(
             f"{output}: no sample is left to pack, all were rejected ({reasons}); look at the inputs"
         )
     _write_rejects(output / "rejects.parquet", _reject_tables(output, units, map(read_result, names)))
-    for name in TOKENIZER_FILES:
-        with atomic_path(output / "tokenizer" / name) as temporary:
-            shutil.copyfile(tokenizer / name, temporary)
+    _copy_tokenizer(tokenizer, output / "tokenizer")
     account = {name: line.as_dict() for name, line in accounts.items()}
     stats = collect_stats(units, shards, account, plan, Budget(**contract["budget"]))
     _write_report(output / "report", stats)
-    write_json(output / MANIFEST, _manifest(contract, codec_settings, shards, stats))
+    unlearned = {name: line.unlearned_tokens for name, line in scanned.items()}
+    write_json(output / MANIFEST, _manifest(contract, codec_settings, shards, stats, unlearned))
     return stats
 
 
@@ -146,6 +146,15 @@ def _write_rejects(path: Path, tables: Iterable[pa.Table]) -> None:
         writer.write_table(pa.concat_tables([REJECT_SCHEMA.empty_table(), *gathered]))
 
 
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Its files and no others: a chat template of an earlier run would make it another tokenizer."""
+    for name in tokenizer_files(source):
+        with atomic_path(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+    for name in set(tokenizer_files(target)) - set(tokenizer_files(source)):
+        (target / name).unlink()
+
+
 def _write_report(directory: Path, stats: Mapping[str, Any]) -> None:
     write_json(directory / "stats.json", stats)
     text = io.StringIO()
@@ -159,6 +168,7 @@ def _manifest(
     codec_settings: Mapping[str, int],
     shards: Sequence[Mapping[str, Any]],
     stats: Mapping[str, Any],
+    unlearned_tokens: Mapping[str, int],
 ) -> dict[str, Any]:
     """What dataset.json holds."""
     lines = list(stats["splits"].values())
@@ -174,6 +184,8 @@ def _manifest(
         "totals": {key: sum(line[key] for line in lines) for key in counted},
         "fill": stats["fill"],
         "account": stats["account"],
+        # By source, of the text that the scan read: where there are none, every text token is a label.
+        "unlearned_tokens": dict(unlearned_tokens),
         "mixture": stats["mixture"],
         "duplicates": stats["duplicates"],
         "made_by": made_by(),

@@ -44,7 +44,12 @@ def scan_identity(
         },
         "hash_content": config.plan.duplicates != "ignore",
         "tokenizer_sha256": tokenizer_sha256,
-        "inputs": [[unit.source, unit.unit, *file_state(unit.unit)] for unit in units],
+        "inputs": [[unit.source, unit.unit, *file_state(unit.unit)] for unit in units]
+        + [
+            [name, str(file), *file_state(str(file))]
+            for name, source in config.sources.items()
+            for file in source.files(Path(config.tokenizer))
+        ],
         "made_by": made_by(),
     }
 
@@ -52,7 +57,8 @@ def scan_identity(
 def made_by() -> dict[str, str]:
     """Versions of what decides the bytes of a data set."""
     found = {"python": platform.python_version(), "format": str(FORMAT_VERSION)}
-    for name in ("parquetry", "pyarrow", "numpy", "torch", "pillow", "simplejpeg", "tokenizers", "zstandard"):
+    names = "parquetry pyarrow numpy torch pillow simplejpeg tokenizers jinja2 zstandard"
+    for name in names.split():
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -126,7 +126,7 @@ class IndexWriter:
         )
         self._tokens: IO[bytes] = open(stack.enter_context(atomic_path(token_file(path))), "wb")
         self._media: IO[bytes] | None = None
-        self._num_tokens = self._media_bytes = 0
+        self._num_tokens = self._num_unlearned = self._media_bytes = 0
         self._rows: list[ScannedSample] = []
         self._rejects: list[Reject] = []
         self.read = self.samples = self.media = 0
@@ -141,6 +141,7 @@ class IndexWriter:
                 self._tokens.write(tokens.astype("<i4").tobytes())
                 segment = IndexSegment(TEXT, "", self._num_tokens, 0, len(tokens))
                 self._num_tokens += len(tokens)
+                self._num_unlearned += int((tokens < 0).sum())
             else:
                 self.media += 1
             segments.append(segment)
@@ -164,13 +165,14 @@ class IndexWriter:
         return offset
 
     def counts(self) -> dict[str, Any]:
-        """samples read and usable; tokens of text; pictures and videos kept; rejects by reason."""
+        """samples read and usable; tokens of text, in all and unlearned; pictures and videos kept; rejects by reason."""
         samples = Counter(reject.reason for reject in self._rejects if reject.media < 0)
         media = Counter(reject.reason for reject in self._rejects if reject.media >= 0)
         return {
             "read": self.read,
             "samples": self.samples,
             "text_tokens": self._num_tokens,
+            "unlearned_tokens": self._num_unlearned,
             "media": self.media,
             "rejected": dict(sorted(samples.items())),
             "media_dropped": dict(sorted(media.items())),

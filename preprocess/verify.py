@@ -27,7 +27,11 @@ def verify_dataset(path: Path) -> tuple[dict[str, int], list[str]]:
         UserError: the data set cannot be opened at all.
     """
     dataset = open_dataset(path)
-    counts = {"shards": 0, "packs": 0, "documents": 0, "images": 0, "bytes": 0}
+    if not isinstance(dataset.manifest.get("unlearned_tokens"), dict):
+        raise UserError(
+            f"{path}: unlearned_tokens in dataset.json is no table; preprocess the data set again"
+        )
+    counts = {"shards": 0, "packs": 0, "documents": 0, "images": 0, "labels": 0, "bytes": 0}
     by_source: Counter[str] = Counter()
     faults: list[str] = []
     for shard in dataset.shards:
@@ -77,6 +81,7 @@ def _verify_packs(
         counts["documents"] += len(documents)
         by_source.update(document.source for document in documents)
         counts["images"] += len(pack.images)
+        counts["labels"] += int((pack.labels_S != IGNORE_LABEL).sum())
         if damage := reader.damage(row):
             yield f"pack {row}: {damage}"
         faults = list(pack_faults(pack, documents, dataset)) or _frame_faults(pack)
@@ -106,13 +111,20 @@ def pack_faults(pack: Pack, documents: list[Document], dataset: DataSet) -> Iter
         yield "padding is not pad tokens with label -100"
     if pack.tokens_S.min() < 0 or pack.tokens_S.max() >= dataset.tokens.vocabulary_size:
         yield "a token lies outside the vocabulary"
-    yield from _label_faults(pack, starts, used, dataset.tokens)
+    unlearned = dataset.manifest["unlearned_tokens"]
+    partly = np.repeat([bool(unlearned.get(document.source)) for document in documents], lengths[:-1])
+    yield from _label_faults(pack, starts, partly, dataset.tokens)
     yield from _image_faults(pack, dataset)
 
 
-def _label_faults(pack: Pack, starts: npt.NDArray[Any], used: int, ids: TokenIds) -> Iterator[str]:
-    """A label is the next token of the same document, or -100 before an image's own tokens and at the end."""
-    tokens, labels = pack.tokens_S, pack.labels_S
+def _label_faults(
+    pack: Pack, starts: npt.NDArray[Any], partly: npt.NDArray[np.bool_], ids: TokenIds
+) -> Iterator[str]:
+    """A label is the next token of the same document, or -100 before an image's own tokens and at the end.
+
+    partly: the tokens of sources that learn only part of their text; there, -100 is right anywhere.
+    """
+    tokens, labels, used = pack.tokens_S, pack.labels_S, len(partly)
     ends = np.append(starts[1:], used).astype(np.int64) - 1
     inside = np.ones(used, bool)
     inside[ends[ends >= 0]] = False
@@ -121,10 +133,12 @@ def _label_faults(pack: Pack, starts: npt.NDArray[Any], used: int, ids: TokenIds
     learned = inside & ~np.isin(following, (ids.image, ids.begin_image, ids.end_image))
     expected[learned] = following[learned]
     # The last label of a part is the first token of the next part, which lies in another pack.
-    if (labels[:used] != expected)[inside].any():
+    unlearned = partly & (labels[:used] == IGNORE_LABEL)
+    if ((labels[:used] != expected) & ~unlearned)[inside].any():
         yield "a label is not the next token of its document"
-    last = labels[ends[ends >= 0]]
-    if (last[tokens[ends[ends >= 0]] == ids.eos] != IGNORE_LABEL).any():
+    # Where only a part is learned, turns may end in it too, and a cut may lie behind one.
+    ends = ends[(ends >= 0) & ~np.append(partly, False)[ends]]
+    if (labels[ends][tokens[ends] == ids.eos] != IGNORE_LABEL).any():
         yield "an end-of-text token has a label"
     if np.isin(labels, (ids.image, ids.begin_image, ids.end_image, ids.pad)).any() and ids.pad != ids.eos:
         yield "a label is an image or padding token"
@@ -171,7 +185,7 @@ def _placeholder_faults(pack: Pack, num_tokens: npt.NDArray[np.int64], ids: Toke
 
 
 def _total_faults(totals: dict[str, int], counts: dict[str, int]) -> Iterator[str]:
-    for name in ("packs", "documents", "images", "bytes"):
+    for name in ("packs", "documents", "images", "labels", "bytes"):
         if totals[name] != counts[name]:
             yield f"total of {name}: dataset.json says {totals[name]}, the shards hold {counts[name]}"
 
@@ -180,7 +194,9 @@ def _account_faults(account: dict[str, Any], by_source: Counter[str]) -> Iterato
     for name, line in account.items():
         accounted = line["packed"] + line["split_parts"] + sum(line["rejected"].values())
         if line["read"] + line["repeated"] != accounted:
-            read = f"{line['read']} samples read" + f" and {line['repeated']} repeated" * bool(line["repeated"])
+            read = f"{line['read']} samples read" + f" and {line['repeated']} repeated" * bool(
+                line["repeated"]
+            )
             yield f"account of {name}: {read}, {accounted} accounted for"
         parts = line["parts"]
         if parts["made"] != parts["packed"] + sum(parts["rejected"].values()):

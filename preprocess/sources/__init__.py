@@ -10,17 +10,19 @@ from typing import Any
 from preprocess.samples import RawSample, Reject
 from preprocess.sources.base import Source, SourceConfig, SourceContext, scan_or_reject
 from preprocess.sources.captions import Captions, CaptionsConfig
+from preprocess.sources.chat import Chat, ChatConfig
 from preprocess.sources.interleaved import Interleaved, InterleavedConfig
 from preprocess.sources.text import TextConfig, TextSource
 from preprocess.sources.webdataset import WebDataset, WebDatasetConfig
 
-AnySource = WebDatasetConfig | CaptionsConfig | InterleavedConfig | TextConfig
+AnySource = WebDatasetConfig | CaptionsConfig | InterleavedConfig | TextConfig | ChatConfig
 
 _READERS: dict[type[SourceConfig], Callable[[Any, SourceContext], Source]] = {
     WebDatasetConfig: WebDataset,
     CaptionsConfig: Captions,
     InterleavedConfig: Interleaved,
     TextConfig: TextSource,
+    ChatConfig: Chat,
 }
 
 

@@ -59,6 +59,10 @@ class SourceConfig:
         if not 0 <= self.max_reject_rate <= 1:
             raise ValueError(f"max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
 
+    def files(self, tokenizer: Path) -> list[Path]:
+        """Files beside `paths` that decide what is read; with another content the scan is made again."""
+        return []
+
 
 @dataclass(frozen=True, slots=True)
 class SourceContext:

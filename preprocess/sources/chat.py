@@ -11,7 +11,8 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from preprocess.inputs import expand_paths
 from preprocess.samples import RawSample, Reject, Segment, Text
@@ -27,8 +28,6 @@ from shared.tokens import load_tokenizer
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatConfig(SourceConfig):
     """Conversations of LLaVA, ShareGPT or OpenAI habit."""
-
-    learns: ClassVar[Literal["all", "part"]] = "part"
 
     format: Literal["chat"] = "chat"
     # Which of the assistant's turns are learned.
@@ -55,13 +54,16 @@ class ChatConfig(SourceConfig):
         except ValueError:
             raise ValueError(f"date must be YYYY-MM-DD, got {self.date!r}") from None
 
+    def files(self, tokenizer: Path) -> list[Path]:
+        return [tokenizer / self.template] if self.template else []
+
 
 class Chat:
     """A source of conversations in JSON, JSON lines and tables."""
 
     def __init__(self, config: ChatConfig, context: SourceContext) -> None:
         self._config, self._name = config, context.name
-        file = context.tokenizer / config.template if config.template else None
+        file = next(iter(config.files(context.tokenizer)), None)
         self._template = load_template(
             context.tokenizer, file=file, name=config.template_name, date=config.date
         )

@@ -18,7 +18,7 @@ from shared.codecs import image_encoder, store_patches
 from shared.dataset import describe_contract, fingerprint_of, open_dataset
 from shared.errors import UserError
 from shared.files import file_checksum, read_json, write_json
-from shared.schema import Document, Pack
+from shared.schema import IGNORE_LABEL, Document, Pack
 from shared.shard_writer import ShardWriter
 from tests.preprocess.inputs import make_config, mixed_samples, write_samples
 
@@ -63,6 +63,7 @@ def test_a_good_data_set_has_no_fault_and_everything_in_it_is_counted(made: Path
         "packs": manifest["totals"]["packs"],
         "documents": 30,
         "images": 30,
+        "labels": manifest["totals"]["labels"],
         "bytes": sum(path.stat().st_size for path in shards(made)),
     }
     assert counts["shards"] > 1 and counts["packs"] > 5
@@ -157,6 +158,10 @@ def test_a_shard_of_another_data_set_is_named(dataset: Path, tmp_path: Path) -> 
             lambda m: m["totals"].update(images=29),
             "total of images: dataset.json says 29, the shards hold 30",
         ),
+        (
+            lambda m: m["totals"].update(labels=1 + m["totals"]["labels"]),
+            "total of labels: dataset.json says 535, the shards hold 534",
+        ),
         (lambda m: m.pop("account"), "totals or account in dataset.json are not valid: KeyError('account')"),
     ],
 )
@@ -180,6 +185,7 @@ def test_a_shard_struck_off_the_list_shows_in_account_and_totals(dataset: Path) 
         (lambda m: m["geometry"].update(merge=1), "fingerprint in dataset.json does not match"),
         (lambda m: m.update(format_version=2), "format version 2, this program knows 1"),
         (lambda m: m.pop("shards"), "dataset.json is not valid"),
+        (lambda m: m.pop("unlearned_tokens"), "unlearned_tokens in dataset.json is no table"),
     ],
 )
 def test_an_edited_contract_is_refused(
@@ -200,12 +206,15 @@ def spoil_first_pack(dataset: Path, spoil: Spoil) -> list[str]:
     reader = opened.reader(entry)
     path = dataset / "shards" / entry.name
     packs = [(copy_of(reader.pack(row)), reader.documents(row)) for row in range(len(reader))]
+    learned = (packs[0][0].labels_S != IGNORE_LABEL).sum()
     changed = spoil(*packs[0])
     packs[0] = changed if isinstance(changed, tuple) else packs[0]
     writer = ShardWriter(path.with_name("new"), opened.budget.S, opened.fingerprint)
     for pack, documents in packs:
         writer.append(pack, documents)
     writer.close()
+    more = int((packs[0][0].labels_S != IGNORE_LABEL).sum() - learned)
+    edit_manifest(dataset, lambda m: m["totals"].update(labels=m["totals"]["labels"] + more))
     path.with_name("new").rename(path)
     size, checksum = path.stat().st_size, file_checksum(path)
     edit_manifest(dataset, lambda m: m["shards"][0].update(bytes=size, checksum=checksum))
@@ -329,6 +338,20 @@ def test_a_pack_that_breaks_the_format_is_named_with_what_is_wrong(
 ) -> None:
     found = spoil_first_pack(dataset, spoil)
     assert any(expected in fault for fault in found), found
+
+
+def test_where_only_a_part_is_learned_a_label_may_be_missing_but_never_wrong(dataset: Path) -> None:
+    def forget(pack: Pack, documents: list[Document]) -> None:
+        pack.labels_S[int(np.flatnonzero(pack.labels_S != IGNORE_LABEL)[0])] = IGNORE_LABEL
+
+    assert spoil_first_pack(dataset, forget) == ["a label is not the next token of its document"]
+    edit_manifest(dataset, lambda m: m["unlearned_tokens"].update(web=1))
+    assert faults(dataset) == []
+
+    def mistake(pack: Pack, documents: list[Document]) -> None:
+        pack.labels_S[int(np.flatnonzero(pack.labels_S != IGNORE_LABEL)[0])] += 1
+
+    assert spoil_first_pack(dataset, mistake) == ["a label is not the next token of its document"]
 
 
 def test_images_in_another_order_than_their_rows_are_found(dataset: Path) -> None:
