@@ -11,7 +11,8 @@ copied beside the index. Plan and pack know no input format.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import BinaryIO, Literal
 
 import numpy as np
@@ -157,9 +158,12 @@ REJECT_SCHEMA = pa.schema(
 )
 
 
+_fields_of = attrgetter(*SEGMENT_TYPE.names)
+
+
 def segments_column(samples: Sequence[Sequence[IndexSegment]]) -> pa.ListArray:
     """Segments of many samples as one Arrow column of type SEGMENTS_TYPE."""
-    flat = [astuple(segment) for segments in samples for segment in segments]
+    flat = [_fields_of(segment) for segments in samples for segment in segments]
     columns = list(zip(*flat, strict=True)) if flat else [() for _ in SEGMENT_TYPE]
     children = [pa.array(column, field.type) for column, field in zip(columns, SEGMENT_TYPE, strict=True)]
     struct = pa.StructArray.from_arrays(children, fields=list(SEGMENT_TYPE))
