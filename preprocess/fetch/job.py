@@ -84,7 +84,8 @@ def _claim(config: FetchConfig, files: Sequence[str]) -> None:
     }
     path = output / CHUNKS / IDENTITY
     if config.on_change == "rebuild" and path.exists() and read_json(path) != identity:
-        (output / "fetch.json").unlink(missing_ok=True)  # first: it speaks for the files
+        for name in ("fetch.json", "failures.parquet"):  # first: they speak for the files
+            (output / name).unlink(missing_ok=True)
     claim(output, CHUNKS, identity, stale=(CHUNKS, TARS, DOCUMENTS), on_change=config.on_change)
     with atomic_path(output / "config.toml") as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")

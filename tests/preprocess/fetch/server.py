@@ -30,6 +30,8 @@ class Server:
         self.times: dict[str, float] = {}  # of the first request
         self.open_now = self.open_most = 0
         self.sent_bytes = 0
+        self.connections = 0
+        self.obeys = True  # "Connection: close"; else it waits for the client
         self.files: dict[str, bytes] = {}  # by path, served as they are
         self.port = 0
 
@@ -37,6 +39,7 @@ class Server:
         return f"http://{host}:{self.port}{path}"
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
@@ -50,7 +53,7 @@ class Server:
                     keep = await self.answer(target, writer)
                 finally:
                     self.open_now -= 1
-                if not keep or "connection: close" in head.lower():
+                if not keep or (self.obeys and "connection: close" in head.lower()):
                     break
         writer.close()
 

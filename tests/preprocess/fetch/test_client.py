@@ -33,6 +33,8 @@ QUICK = {
     "max_redirects": 3,
 }
 
+on_disk: list[bool] = []  # of the bodies of the last `fetch`
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
@@ -42,11 +44,13 @@ def server() -> Iterator[Server]:
 
 def fetch(directory: Path, *urls: str, policy: dict[str, Any] | None = None, **http: Any) -> dict[str, Any]:
     """By URL: the bytes, or the failure."""
+    on_disk.clear()
     found: dict[str, Any] = {}
 
     def store(url: str, outcome: Body | Failure) -> None:
         if isinstance(outcome, Body):
             data = outcome.file.read()
+            on_disk.append(outcome.file._rolled)  # type: ignore[attr-defined]
             assert len(data) == outcome.size and hashlib.sha256(data).hexdigest() == outcome.sha256
             found[url] = (data, outcome.extension)
         else:
@@ -196,6 +200,19 @@ def test_requests_at_one_time_are_bounded_per_host_and_in_all(tmp_path: Path) ->
         urls = [server.url(f"/slow/{number}?s=0.05") for number in range(12)]
         assert len(fetch(tmp_path, *urls, connections=2, connections_per_host=8)) == 12
         assert server.open_most == 2
+
+
+def test_a_connection_is_kept_only_while_others_wait_for_its_host(tmp_path: Path) -> None:
+    for obeys in (True, False):
+        with serving() as server:
+            server.obeys = obeys
+            urls = [server.url(f"/ok/{number}") for number in range(4)]
+            fetch(tmp_path, *urls, connections=1, connections_per_host=4)  # nobody waits for the host
+            assert server.connections == 4
+    with serving() as server:
+        urls = [server.url(f"/ok/{number}") for number in range(9)]
+        fetch(tmp_path, *urls, connections=1, connections_per_host=1)
+        assert server.connections == 3  # the first begins alone, the last ends alone, the others share one
 
 
 def test_waiting_for_a_place_is_no_time_out(server: Server, tmp_path: Path) -> None:
@@ -364,9 +381,11 @@ def test_a_format_that_is_not_wanted_is_a_wrong_type(server: Server, tmp_path: P
 def test_a_body_larger_than_memory_holds_waits_on_disk(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preprocess.fetch.client.IN_MEMORY_BYTES", 10)
     url = server.url("/ok/1")
-    assert fetch(tmp_path, url) == {url: (PICTURE, "png")}
+    for limit, expected in ((len(PICTURE), False), (len(PICTURE) - 1, True)):
+        monkeypatch.setattr("preprocess.fetch.client.IN_MEMORY_BYTES", limit)
+        assert fetch(tmp_path, url) == {url: (PICTURE, "png")}
+        assert on_disk == [expected]
 
 
 def test_a_request_says_who_asks_and_carries_no_cookie(tmp_path: Path) -> None:
