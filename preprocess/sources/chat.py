@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preprocess.inputs import expand_paths
 from preprocess.samples import RawSample, Reject, Segment, Text
 from preprocess.sources.base import SourceConfig, SourceContext
 from preprocess.sources.chat_template import load_template
 from preprocess.sources.chat_text import chat_texts, specials_of
 from preprocess.sources.chat_turns import ChatError, read_conversation
 from preprocess.sources.pictures import picture
-from preprocess.sources.records import Damage, read_records
+from preprocess.sources.records import keyed_records
+from preprocess.sources.saved import expand_tables
 from shared.tokens import load_tokenizer
 
 
@@ -70,19 +70,20 @@ class Chat:
         self._specials = specials_of(load_tokenizer(context.tokenizer, context.tokens))
 
     def units(self) -> list[str]:
-        return expand_paths(self._name, self._config.paths)
+        return expand_tables(self._name, self._config.paths)
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
         root = os.path.join(os.path.dirname(unit), self._config.image_root)
-        for record in read_records(unit):
-            key = f"{os.path.basename(unit)}#{record.number}"
-            if isinstance(record, Damage):
-                yield Reject(self._name, key, record.reason, record.detail)
+        for row in keyed_records(self._name, unit, None, ""):
+            if isinstance(row, Reject):
+                yield row
                 continue
-            if isinstance(record.value.get("id"), (str, int)):
-                key = f"{key}/{record.value['id']}"
+            key, record = row
+            # The same picture's conversations often share an id: it is told, but tells nothing apart.
+            if isinstance(record.get("id"), (str, int)):
+                key = f"{key}/{record['id']}"
             try:
-                yield RawSample(key, tuple(self._segments(record.value, root)))
+                yield RawSample(key, tuple(self._segments(record, root)))
             except ChatError as error:
                 yield Reject(self._name, key, error.reason, str(error))
 
