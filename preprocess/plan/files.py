@@ -46,6 +46,13 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 
+PLAN_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": ["source", "index", "unit", "segments.list.element.file"],
+    "write_statistics": False,
+    "write_page_checksum": True,
+}
+
 
 def read_shard_plan(path: Path, row_group: int) -> pa.Table:
     """The pieces of one shard, PLAN_SCHEMA.

@@ -18,6 +18,7 @@ import xxhash
 from preprocess.index import read_blocks
 from preprocess.packing import pack_pieces
 from preprocess.plan.files import (
+    PLAN_OPTIONS,
     PLAN_SCHEMA,
     VALIDATION,
     Ints,
@@ -213,9 +214,7 @@ def _write_plan(
     counts = np.bincount(shard).tolist()
     with (
         atomic_path(path) as temporary,
-        pq.ParquetWriter(
-            temporary, PLAN_SCHEMA, compression="zstd", write_statistics=False, write_page_checksum=True
-        ) as writer,
+        pq.ParquetWriter(temporary, PLAN_SCHEMA, **PLAN_OPTIONS) as writer,
     ):
         begin = 0
         for count in counts:
