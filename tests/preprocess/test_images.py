@@ -319,6 +319,14 @@ def test_limits_are_exact_and_name_their_reason(
     assert caught.value.reason == reason
 
 
+def test_a_jpeg_2000_may_have_two_thirds_of_the_pixels() -> None:
+    data = encode(noise(1, 10, 12), "JPEG2000")
+    assert header_of(data, ImageLimits(max_pixels=180)) == Header(10, 12)
+    with pytest.raises(ImageError, match="12 x 10 pixels, limit 119") as caught:
+        header_of(data, ImageLimits(max_pixels=179))
+    assert caught.value.reason == "image_too_many_pixels"
+
+
 def test_the_pack_holds_the_size_that_it_opens_against_the_limits_and_the_scan() -> None:
     data = png(10, 12)
     load = partial(load_image, data, grid=(10, 12), geometry=PIXELS, config=ImageConfig())

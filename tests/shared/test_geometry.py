@@ -117,22 +117,40 @@ def test_no_pictures_give_no_grids(resize: str) -> None:
     assert resize_grid(empty, empty, replace(Geometry(), resize=resize)).shape == (0, 2)
 
 
-@pytest.mark.parametrize("merge", [1, 2])
-@pytest.mark.parametrize("cap", [4, 64, 256, 1024])
-def test_fill_equals_the_hugging_face_processor(merge: int, cap: int) -> None:
+def check_fill(sizes: list[tuple[int, int]], merge: int, cap: int) -> None:
     from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
     geometry = Geometry(patch_size=16, merge=merge, max_patches_per_image=cap, resize="fill")
-    generator = np.random.default_rng(cap)
-    sizes = [*itertools.product(SIDES, SIDES), *generator.integers(1, 3001, (200, 2)).tolist()]
     heights, widths = np.array(sizes).T
     pixels_n2 = resize_grid(heights, widths, geometry) * geometry.patch_size
     # For m = 2 the same rule on cells of 2p, of which the cap holds a quarter.
-    expected_n2 = [
-        get_image_size_for_max_num_patches(height, width, 16 * merge, cap // merge**2)
-        for height, width in sizes
-    ]
+    expected_n2 = [get_image_size_for_max_num_patches(*size, 16 * merge, cap // merge**2) for size in sizes]
     np.testing.assert_array_equal(pixels_n2, expected_n2)
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("cap", [4, 64, 256, 1024])
+def test_fill_equals_the_hugging_face_processor(merge: int, cap: int) -> None:
+    check_fill(list(itertools.product(SIDES, SIDES)), merge, cap)
+
+
+@pytest.mark.parametrize(("merge", "cap"), [(1, 256), (2, 1024)])
+def test_fill_equals_the_hugging_face_processor_for_every_side(merge: int, cap: int) -> None:
+    # Every side from 1 to 3000 once as height and once as width, each against a side of its own.
+    others = np.random.default_rng(merge).integers(1, 3001, 3000).tolist()
+    check_fill(
+        [*zip(range(1, 3001), others, strict=True), *zip(others, range(1, 3001), strict=True)], merge, cap
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("cap", [4, 64, 256, 1024])
+def test_fill_equals_the_hugging_face_processor_for_every_side_against_many(merge: int, cap: int) -> None:
+    others = [*SIDES, *np.random.default_rng(cap).integers(1, 3001, 33).tolist()]
+    for other in others:
+        check_fill([(side, other) for side in range(1, 3001)], merge, cap)
+        check_fill([(other, side) for side in range(1, 3001)], merge, cap)
 
 
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), merge=st.sampled_from([1, 2]))
