@@ -7,24 +7,21 @@ for. Nothing is cached: a scan reads a file once from its start, and a pack asks
 
 from __future__ import annotations
 
-import errno
 import glob
 import io
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from preprocess.samples import Place
 from shared import remote
 from shared.errors import UserError
 from shared.remote import is_remote, shown
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from shared.spans import RawSpan
 
 T = TypeVar("T")
 Read = Callable[[Place], bytes]
@@ -90,7 +87,7 @@ def open_input(path: str) -> BinaryIO:
     """A raw file, to be read from its start; seekable."""
     if not is_remote(path):
         return open(path, "rb")
-    return io.BufferedReader(_RawSpan(path, 0, remote.state_of(path).size), STREAM_BYTES)
+    return remote.open_object(path, STREAM_BYTES)
 
 
 def local_copy(path: str) -> Local:
@@ -198,7 +195,7 @@ class Span(io.BufferedReader):
     """Bytes [offset, offset + size) of a raw file as a file of their own, read when asked for."""
 
     def __init__(self, path: Local, offset: int, size: int) -> None:
-        super().__init__(_RawSpan(path, offset, size))
+        super().__init__(RawSpan(partial(_read_into, path), offset, size, shown(str(path))))
         self._size = size
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -206,38 +203,8 @@ class Span(io.BufferedReader):
         return super().read(size if size is None else min(size, self._size))
 
 
-class _RawSpan(io.RawIOBase):
-    def __init__(self, path: Local, offset: int, size: int) -> None:
-        self._path, self._offset, self._size, self._position = path, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        position = offset + (0, self._position, self._size)[whence]
-        if position < 0:
-            raise ValueError(f"negative position {position}")
-        self._position = position
-        return position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer)[: max(0, self._size - self._position)]
-        count = self._fill(view, self._offset + self._position) if view else 0
-        if view and not count:
-            raise OSError(errno.EIO, "shorter than when its headers were read", shown(str(self._path)))
-        self._position += count
-        return count
-
-    def _fill(self, view: memoryview, offset: int) -> int:
-        if isinstance(self._path, str) and is_remote(self._path):
-            data = remote.read_range(self._path, offset, len(view))
-            view[: len(data)] = data
-            return len(data)
-        file = _opened(self._path)  # not kept: a batch of samples may name thousands of files
-        return os.preadv(file.fileno(), [view], offset)
+def _read_into(path: Local, view: memoryview, offset: int) -> int:
+    if isinstance(path, str) and is_remote(path):
+        return remote.read_into(path, view, offset)
+    file = _opened(path)  # not kept: a batch of samples may name thousands of files
+    return os.preadv(file.fileno(), [view], offset)

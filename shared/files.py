@@ -1,37 +1,58 @@
-"""Files that are complete or absent.
+"""Files that are complete or absent, on this machine or in a store.
 
-Every output of every step is written under a temporary name beside its place, flushed to disk and renamed.
-A file that exists under its own name is therefore whole, which is what "skip it, it is there" relies on.
+Every output of every step is written under a temporary name beside its place, flushed to disk and renamed; one that
+goes to a store is written to a temporary file of this machine and copied there, where it appears when all of it has
+arrived. A file that exists under its own name is therefore whole, which is what "skip it, it is there" relies on.
+
+A path is a `pathlib.Path`, or a `UPath` for a URI (`shared.remote.as_path`): both have the same arithmetic of names,
+and the functions here do the rest on either.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import json
 import logging
 import os
 import secrets
-from collections.abc import Generator
+import shutil
+import tempfile
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
+from shared import remote
 from shared.errors import UserError
+from shared.remote import is_remote, shown
+from shared.remote_lock import lock_object
 
 TEMPORARY = ".tmp"
 LOCK = ".lock"
+# One request of a reader that jumps, as Parquet's do.
+REQUEST_BYTES = 256 << 10
 
 
 @contextmanager
 def atomic_path(path: Path) -> Generator[Path, None, None]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on an exception.
+    """Yield a temporary path of this machine; it becomes `path` on success and goes on an exception.
 
-    The name holds random digits, so that two attempts at one unit never write into one file, on whatever host.
+    Beside `path` its name holds random digits, so that two attempts at one unit never write into one file, on
+    whatever host. For a store it lies where temporary files do (TMPDIR).
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="parquetry-") as directory:
+            temporary = Path(directory) / path.name
+            yield temporary
+            if not temporary.exists():
+                raise FileNotFoundError(errno.ENOENT, "nothing was written", shown(path))
+            remote.write_file(temporary, str(path))
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
@@ -56,22 +77,109 @@ def read_json(path: Path, mend: str = "delete it and run again") -> Any:
         UserError: it is missing or damaged; `mend` is what the message tells the reader to do.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_read_bytes(path).decode("utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {mend}") from None
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}); {mend}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {mend}") from None
+        raise UserError(f"{shown(path)}: not valid JSON ({error}); {mend}") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not is_remote(path):
+        return path.read_bytes()
+    if (data := remote.read_bytes(str(path))) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(path))
+    return data
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file to read, here and there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(path):
+        return open(path, "rb")
+    if remote.size_of(str(path)) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(path))
+    return remote.open_object(str(path), REQUEST_BYTES)
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    if is_remote(path):
+        return remote.size_of(str(path))
+    return path.stat().st_size if path.is_file() else None
+
+
+def exists(path: Path) -> bool:
+    return file_size(path) is not None
+
+
+def existing(paths: Iterable[Path]) -> set[Path]:
+    """Those of many files that exist; a store is asked once per directory."""
+    listed: dict[str, dict[str, int]] = {}
+    found: set[Path] = set()
+    for path in paths:
+        if not is_remote(path):
+            found.update([path] if path.is_file() else [])
+            continue
+        directory = str(path.parent)
+        if directory not in listed:
+            listed[directory] = remote.list_below(directory)
+        found.update([path] if str(path) in listed[directory] else [])
+    return found
+
+
+def list_files(directory: Path, pattern: str) -> list[Path]:
+    """The files of a directory whose names match, sorted; none where there is no directory."""
+    if not is_remote(directory):
+        return sorted(path for path in directory.glob(pattern) if path.is_file())
+    prefix = f"{directory}/"
+    names = (uri.removeprefix(prefix) for uri in remote.list_below(str(directory)))
+    return [
+        directory / name for name in sorted(names) if "/" not in name and fnmatch.fnmatchcase(name, pattern)
+    ]
+
+
+def has_files(directory: Path) -> bool:
+    """Whether there is anything in a directory, which need not be there."""
+    if is_remote(directory):
+        return bool(remote.list_below(str(directory)))
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def remove(path: Path) -> None:
+    """Remove a file, which need not be there."""
+    if is_remote(path):
+        remote.remove(str(path))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory with all that is in it; it need not be there."""
+    if not is_remote(directory):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    for uri in remote.list_below(str(directory)):
+        remote.remove(uri)
 
 
 @contextmanager
 def lock_directory(directory: Path, what: str) -> Generator[None, None, None]:
     """Hold a directory for this process; created if missing. Ends with the process, however it ends.
 
-    Some network file systems lock within one host only, or not at all; on the latter this holds nothing.
+    Some network file systems lock within one host only, or not at all; on the latter this holds nothing. For what
+    a lock in a store is worth, see `shared.remote_lock`.
 
     Raises:
         UserError: another process holds it, or it cannot be made; `what` is what is going on there.
     """
+    if is_remote(directory):
+        with lock_object(f"{directory}/{LOCK}", what):
+            yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -100,7 +208,12 @@ def lock_directory(directory: Path, what: str) -> Generator[None, None, None]:
 
 
 def remove_temporaries(directory: Path, pattern: str = "**/*") -> None:
-    """Remove what killed attempts left behind. Only for a directory that nobody else is writing to."""
+    """Remove what killed attempts left behind. Only for a directory that nobody else is writing to.
+
+    In a store they leave nothing behind that can be seen.
+    """
+    if is_remote(directory):
+        return
     for path in directory.glob(f"{pattern}{TEMPORARY}"):
         path.unlink(missing_ok=True)
 
@@ -113,7 +226,7 @@ def canonical_json(value: Any) -> bytes:
 def file_checksum(path: Path) -> str:
     """xxh3 of a whole file, 16 hex digits; 16 MiB of it in memory at a time."""
     digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ Credentials, regions and endpoints are those of the store's own client: its envi
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import re
@@ -19,16 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from shared.errors import UserError
-
-if TYPE_CHECKING:
-    from upath import UPath
+from shared.spans import RawSpan
 
 R = TypeVar("R")
-AnyPath: TypeAlias = "Path | UPath"
 
 ATTEMPTS = 5
 # Seconds before the second attempt; doubled each time, by a random half more or less. Some 4 s in all.
@@ -74,13 +73,15 @@ class ObjectState:
     version: str
 
 
-def is_remote(path: AnyPath | str) -> bool:
+def is_remote(path: Path | str) -> bool:
     """Whether a path is a URI of a store; all others are paths of this machine."""
     return _protocol(str(path)) not in ("", "file", "local")
 
 
-def as_path(text: str) -> AnyPath:
-    """A local path as `pathlib.Path`, a URI as `UPath`, which has the same arithmetic of names.
+def as_path(text: str) -> Path:
+    """A local path as `pathlib.Path`, a URI as `UPath`, which has the same methods though it is no subclass.
+
+    Annotations say Path for both; what opens, renames or removes goes through `shared.files`.
 
     Raises:
         UserError: nothing can be written to stores of its kind.
@@ -94,10 +95,10 @@ def as_path(text: str) -> AnyPath:
     from upath import UPath
 
     _filesystem(text)
-    return UPath(text.rstrip("/"), **_OPTIONS.get(_protocol(text), {}))
+    return cast(Path, UPath(text.rstrip("/"), **_OPTIONS.get(_protocol(text), {})))
 
 
-def shown(uri: AnyPath | str) -> str:
+def shown(uri: Path | str) -> str:
     """A URI for people: without user, password and signature."""
     text = re.sub(r"^(\w[\w+.-]*://)[^/@]*@", r"\1", str(uri))
     return text.partition("?")[0] if text.startswith("http") else text
@@ -179,9 +180,42 @@ def download(uri: str, file: int) -> None:
         raise UserError(f"{shown(uri)}: changed while it was read; run again when it is written no more")
 
 
-def read_bytes(uri: str) -> bytes:
-    """A whole object; for small ones."""
-    return _attempt(uri, lambda filesystem, path: filesystem.cat_file(path))
+def read_into(uri: str, view: memoryview, offset: int) -> int:
+    """Fill `view` from byte `offset` on; how much there was."""
+    data = read_range(uri, offset, len(view))
+    view[: len(data)] = data
+    return len(data)
+
+
+def open_object(uri: str, buffer_bytes: int) -> BinaryIO:
+    """An object as a file to read; one request per `buffer_bytes`, or per read of more than that."""
+    raw = RawSpan(partial(read_into, uri), 0, state_of(uri).size, shown(uri))
+    return io.BufferedReader(raw, buffer_bytes)
+
+
+def read_bytes(uri: str) -> bytes | None:
+    """A whole small object; None where there is none."""
+
+    def read(filesystem: Any, path: str) -> bytes | None:
+        try:
+            return filesystem.cat_file(path)
+        except FileNotFoundError:
+            return None
+
+    return _attempt(uri, read)
+
+
+def size_of(uri: str) -> int | None:
+    """Bytes of an object; None where there is none."""
+
+    def ask(filesystem: Any, path: str) -> int | None:
+        try:
+            found = filesystem.info(path)
+        except FileNotFoundError:
+            return None
+        return int(found["size"]) if found["type"] == "file" else None
+
+    return _attempt(uri, ask)
 
 
 def write_bytes(uri: str, data: bytes, *, create: bool = False) -> bool:
@@ -197,7 +231,7 @@ def write_bytes(uri: str, data: bytes, *, create: bool = False) -> bool:
     return _attempt(uri, write)
 
 
-def upload(local: Path, uri: str) -> None:
+def write_file(local: Path, uri: str) -> None:
     """Copy a file to a store, where it appears when all of it has arrived."""
     _attempt(uri, lambda filesystem, path: filesystem.put_file(str(local), path))
 

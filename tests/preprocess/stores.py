@@ -1,0 +1,198 @@
+"""Stores on loopback: an S3 server, a web server with and without ranges, and a proxy that breaks connections."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import re
+import socket
+import socketserver
+import struct
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BUCKET = "bucket"
+
+
+@contextmanager
+def s3_server() -> Generator[str, None, None]:
+    """The address of an S3 server with one empty bucket; the environment's credentials are for it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    patch = pytest.MonkeyPatch()
+    try:
+        use_s3(patch, f"http://{host}:{port}")
+        client().create_bucket(Bucket=BUCKET)
+        yield f"http://{host}:{port}"
+    finally:
+        patch.undo()
+        server.stop()
+
+
+def use_s3(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Let clients that are made from here on talk to `endpoint`."""
+    from s3fs import S3FileSystem
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        patch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+
+
+def client() -> Any:
+    import boto3
+
+    return boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+
+
+def put(key: str, data: bytes) -> str:
+    """Put an object; its URI."""
+    client().put_object(Bucket=BUCKET, Key=key, Body=data)
+    return f"s3://{BUCKET}/{key}"
+
+
+class Proxy(socketserver.ThreadingTCPServer):
+    """Passes bytes on to a server, and resets connections while `budget` of bytes from the server is used up.
+
+    budget: bytes that still pass; None for all. resets: how many connections are broken before all passes again;
+    None for no end.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Pipe)
+        host, _, port = target.rpartition("://")[2].partition(":")
+        self.target = (host, int(port))
+        self.budget: int | None = None
+        self.resets: int | None = None
+        self.broken = 0
+        self.requests = 0
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def breaks(self, size: int) -> bool:
+        """Whether the connection that brings `size` bytes more is broken."""
+        if self.budget is None or self.resets == 0:
+            return False
+        self.budget -= size
+        if self.budget > 0:
+            return False
+        self.broken += 1
+        if self.resets is not None:
+            self.resets -= 1
+        return True
+
+
+class _Pipe(socketserver.BaseRequestHandler):
+    server: Proxy
+
+    def handle(self) -> None:
+        with socket.create_connection(self.server.target) as upstream:
+            back = threading.Thread(target=self._back, args=(upstream,), daemon=True)
+            back.start()
+            try:
+                while data := self.request.recv(1 << 16):
+                    self.server.requests += len(re.findall(rb"\b(?:GET|PUT|HEAD|POST|DELETE) /", data))
+                    upstream.sendall(data)
+                upstream.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+            back.join()
+
+    def _back(self, upstream: socket.socket) -> None:
+        try:
+            while data := upstream.recv(1 << 14):
+                if self.server.breaks(len(data)):
+                    # Closing without patience sends a reset, once nobody waits for bytes of it any more.
+                    self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.request.shutdown(socket.SHUT_RD)
+                    self.request.close()
+                    return
+                self.request.sendall(data)
+            self.request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+@contextmanager
+def proxy_to(target: str) -> Generator[Proxy, None, None]:
+    with Proxy(target) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
+        yield proxy
+        proxy.shutdown()
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    """Files of a directory; `ranges` says whether parts are given, `failures` how many requests fail before."""
+
+    def __init__(self, *arguments: Any, web: WebServer, **options: Any) -> None:
+        self._web = web
+        super().__init__(*arguments, directory=str(web.directory), **options)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._web.paths.append(self.path)
+        if self._web.failures:
+            self._web.failures -= 1
+            self.send_error(self._web.status)
+            return
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if not (wanted and self._web.ranges and path.is_file()):
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        begin, end = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
+        if begin >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("ETag", f'"{hash(data):x}"')
+        self.end_headers()
+        self.wfile.write(data[begin:end])
+
+
+class WebServer:
+    """A directory on the web."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.ranges = True
+        self.failures, self.status = 0, 503
+        self.paths: list[str] = []
+        self.address = ""
+
+
+@contextmanager
+def web_server(directory: Path) -> Generator[WebServer, None, None]:
+    web = WebServer(directory)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, web=web)) as server:
+        web.address = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
+        yield web
+        server.shutdown()
