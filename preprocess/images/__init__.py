@@ -60,6 +60,7 @@ def load_image(
     stored = (h * geometry.patch_size, w * geometry.patch_size)
     pixels_hwc, scale = decode_pixels(
         picture,
+        file,
         data,
         target=stored if config.dct_scaling else None,
         limits=limits,

@@ -6,8 +6,8 @@ the least word about, by Pillow, whose verdict on damage is the one that counts.
 
 from __future__ import annotations
 
-import io
 from contextlib import nullcontext
+from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -28,6 +28,7 @@ _SCALES = (8, 4, 2)
 
 def decode_pixels(
     picture: Image.Image,
+    file: BinaryIO,
     data: bytes | memoryview,
     *,
     target: tuple[int, int] | None,
@@ -37,6 +38,7 @@ def decode_pixels(
 ) -> tuple[Pixels, int]:
     """RGB uint8 [H, W, 3] in the order of the file, and the divisor of its size: 1, 2, 4 or 8.
 
+    file, data: the same bytes, as Pillow and as libjpeg-turbo take them.
     target: (height, width) that the pixels are going to be resized to, which allows fewer pixels; None for all.
 
     Raises:
@@ -48,7 +50,7 @@ def decode_pixels(
         if (pixels_hwc := _turbo(data, (height, width), scale)) is not None:
             return pixels_hwc, scale
     quiet = quiet_stderr() if picture.format == "TIFF" else nullcontext()
-    with reject_as("image_corrupt", io.BytesIO(data)), pillow_limit(limits.max_pixels), quiet:
+    with reject_as("image_corrupt", file), pillow_limit(limits.max_pixels), quiet:
         scale_clear_colour(picture)
         picture.load()
         # Pillow takes every CMYK JPEG for one of Adobe's, which hold the paper that shows instead of the ink.

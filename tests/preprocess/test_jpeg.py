@@ -29,13 +29,15 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"progressive": True},
     {"restart_marker_rows": 1},
     {"quality": 20},
+    {"keep_rgb": True},
 )
 
 
 def decode(data: bytes, target: tuple[int, int] | None = None) -> tuple[npt.NDArray[np.uint8], int]:
-    picture, _ = open_picture(io.BytesIO(data), LIMITS)
+    file = io.BytesIO(data)
+    picture, _ = open_picture(file, LIMITS)
     return decoder.decode_pixels(
-        picture, data, target=target, limits=LIMITS, background=(255, 255, 255), profile=None
+        picture, file, data, target=target, limits=LIMITS, background=(255, 255, 255), profile=None
     )
 
 
