@@ -24,7 +24,7 @@ from preprocess.samples import REJECT_SCHEMA, Reject, reject_table
 from preprocess.sources.base import SourceConfig
 from shared.dataset import MANIFEST, fingerprint_of
 from shared.errors import UserError
-from shared.files import atomic_path, write_json
+from shared.files import atomic_path, existing, list_files, remove, write_json
 from shared.geometry import Budget
 from shared.tables import read_table
 from shared.tokens import tokenizer_files
@@ -67,7 +67,7 @@ def finish(
     _write_rejects(output / "rejects.parquet", _reject_tables(output, units, map(read_result, names)))
     _copy_tokenizer(tokenizer, output / "tokenizer")
     account = {name: line.as_dict() for name, line in accounts.items()}
-    stats = collect_stats(units, shards, account, plan, Budget(**contract["budget"]))
+    stats = collect_stats(shards, account, plan, Budget(**contract["budget"]))
     _write_report(output / "report", stats)
     unlearned = {name: line.unlearned_tokens for name, line in scanned.items()}
     write_json(output / MANIFEST, _manifest(contract, codec_settings, shards, stats, unlearned))
@@ -119,10 +119,11 @@ def _reject_tables(
     output: Path, units: Sequence[IndexedUnit], results: Iterable[Mapping[str, Any]]
 ) -> Iterator[pa.Table]:
     """What scan, plan and pack rejected, in this order."""
+    there = existing(unit.rejects for unit in units)
     for unit in units:
-        if unit.rejects.exists():
+        if unit.rejects in there:
             yield read_table(unit.rejects, mend=MEND, schema=REJECT_SCHEMA)
-    for path in sorted((output / "plan").glob("*.rejects.parquet")):
+    for path in list_files(output / "plan", "*.rejects.parquet"):
         yield read_table(
             path, mend="delete the plan/ directory beside it and run again", schema=REJECT_SCHEMA
         )
@@ -152,7 +153,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         with atomic_path(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
     for name in set(tokenizer_files(target)) - set(tokenizer_files(source)):
-        (target / name).unlink()
+        remove(target / name)
 
 
 def _write_report(directory: Path, stats: Mapping[str, Any]) -> None:

@@ -17,10 +17,10 @@ from preprocess.plan.deal import Blocks, deal
 from preprocess.plan.duplicates import DUPLICATE, dropped_bits, find_duplicates
 from preprocess.plan.files import PLAN_SUMMARY, SPLITS, TRAIN, PlanSettings, PlanUnit, Run
 from preprocess.plan.mixture import mixture_record, source_repeats
-from preprocess.plan.survey import SurveyTask, survey_unit
+from preprocess.plan.survey import BLOCK_DTYPE, Survey, run_survey, summarize
 from preprocess.plan.window import WindowTask, plan_window
 from preprocess.sources.base import SourceConfig
-from shared.files import read_json, write_json
+from shared.files import existing, read_json, write_json
 from shared.geometry import Budget, Geometry
 from shared.tokens import TokenIds
 
@@ -43,39 +43,44 @@ def make_plan(
         UserError: the index is damaged, or a source with a weight has nothing to train on.
     """
     numbered, num_rows = _number(units)
+    output = output.absolute()
     duplicates: dict[str, dict[str, int]] | None = None
-    drop = config.duplicates == "drop"
     if config.duplicates != "ignore":
         duplicates = find_duplicates(
             numbered,
-            output.absolute(),
+            output,
             num_rows=num_rows,
-            drop=drop,
+            drop=config.duplicates == "drop",
             validation_fraction=config.validation_fraction,
             run=run,
         )
     settings = PlanSettings(
-        output=output.absolute(),
+        output=output,
         budget=budget,
         geometry=geometry,
         ids=ids,
         config=config,
         seed=seed,
         too_long={name: source.too_long for name, source in sources.items()},
-        dropped=dropped_bits(output.absolute()) if drop else None,
+        dropped=dropped_bits(output) if config.duplicates == "drop" else None,
     )
-    blocks = _survey(numbered, settings, run)
-    names = list(sources)
-    source_b = np.array([names.index(unit.source) for unit in numbered], np.int32)[blocks["unit"]]
-    tokens = np.bincount(source_b, blocks["train_tokens"], len(names)).astype(np.int64).tolist()
-    available = dict(zip(names, tokens, strict=True))
+    surveys = run_survey(numbered, settings, run)
+    blocks, source_b = _blocks(surveys, numbered, list(sources))
+    tokens = np.bincount(source_b, blocks["train_tokens"], len(sources)).astype(np.int64).tolist()
+    available = dict(zip(sources, tokens, strict=True))
     repeats = source_repeats(sources, available, config.least_repeat)
     tasks = [
         task for split in SPLITS for task in _windows(split, blocks, source_b, numbered, repeats, settings)
     ]
-    missing = [task for task in tasks if not task.result.exists()]
+    done = existing(task.result for task in tasks)
+    missing = [task for task in tasks if task.result not in done]
     run(plan_window, missing, label="plan", total=len(tasks))
-    summary = _sum_up(tasks, sources, repeats, available, duplicates)
+    summary: dict[str, Any] = {
+        **_sum_up(tasks, sources, duplicates or {}),
+        "duplicates": duplicates,
+        "samples": summarize(surveys, sources),
+    }
+    summary["mixture"] = mixture_record(sources, repeats, available, summary.pop("tokens"))
     write_json(output / PLAN_SUMMARY, summary)
     return summary
 
@@ -90,11 +95,14 @@ def _number(units: Sequence[IndexedUnit]) -> tuple[list[PlanUnit], int]:
     return numbered, row
 
 
-def _survey(units: Sequence[PlanUnit], settings: PlanSettings, run: Run) -> npt.NDArray[np.void]:
-    """BLOCK_DTYPE records of all units, in their order."""
-    tasks = [SurveyTask(number, unit, settings) for number, unit in enumerate(units)]
-    found = run(survey_unit, tasks, label="survey", total=len(tasks))
-    return np.sort(np.concatenate(found), order=["unit", "group"])
+def _blocks(
+    surveys: Sequence[Survey], units: Sequence[PlanUnit], sources: Sequence[str]
+) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int32]]:
+    """BLOCK_DTYPE records of all units, and the number of the source of each."""
+    blocks = np.concatenate([np.empty(0, BLOCK_DTYPE), *(survey.blocks for survey in surveys)])
+    numbers = {name: number for number, name in enumerate(sources)}
+    source_u = np.array([numbers[unit.source] for unit in units], np.int32)
+    return blocks, source_u[blocks["unit"]]
 
 
 def _windows(
@@ -128,15 +136,13 @@ def _windows(
 def _sum_up(
     tasks: Sequence[WindowTask],
     sources: Mapping[str, SourceConfig],
-    repeats: Mapping[str, float],
-    available: Mapping[str, int],
-    duplicates: Mapping[str, Mapping[str, int]] | None,
+    duplicates: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
-    """What plan.json holds, from the results of the windows."""
+    """`shards` and `sources` of plan.json, and the training tokens of each source."""
     kinds = ("whole", "split", "parts", "repeated", "media")
-    counts: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    counts = {name: Counter(dict.fromkeys(kinds, 0)) for name in sources}
     rejected: dict[str, Counter[str]] = {name: Counter() for name in sources}
-    tokens = Counter(dict.fromkeys(sources, 0))
+    tokens = dict.fromkeys(sources, 0)
     shards: list[dict[str, Any]] = []
     for task in tasks:
         result = read_json(task.result, mend="delete the plan/ directory and run again")
@@ -146,18 +152,8 @@ def _sum_up(
             counts[name].update({kind: line[kind] for kind in kinds})
             rejected[name].update(line["rejected"])
             tokens[name] += line["tokens"] if task.split == TRAIN else 0
-    for name, found in (duplicates or {}).items():
+    for name, found in duplicates.items():
         if found["dropped"]:
             rejected[name][DUPLICATE] = found["dropped"]
-    return {
-        "shards": shards,
-        "sources": {
-            name: {
-                **{kind: counts[name][kind] for kind in kinds},
-                "rejected": dict(sorted(rejected[name].items())),
-            }
-            for name in sources
-        },
-        "mixture": mixture_record(sources, repeats, available, tokens),
-        "duplicates": None if duplicates is None else dict(duplicates),
-    }
+    lines = {name: {**counts[name], "rejected": dict(sorted(rejected[name].items()))} for name in sources}
+    return {"shards": shards, "sources": lines, "tokens": tokens}

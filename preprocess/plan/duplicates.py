@@ -11,7 +11,7 @@ expected to have one in common.
 
 from __future__ import annotations
 
-import shutil
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from preprocess.index import read_blocks
 from preprocess.plan.files import Ints, PlanUnit, Run, is_validation
 from preprocess.samples import REJECT_SCHEMA
-from shared.files import atomic_path, read_json, write_json
+from shared.files import atomic_path, exists, open_file, read_json, remove_tree, write_json
+from shared.remote import is_remote
 
 DUPLICATE = "duplicate"
 # 350 MB at some 21 bytes each and as much again while they are sorted.
@@ -82,8 +83,8 @@ def find_duplicates(
     With `drop`, their rejects and `dropped_bits(output)` are written, too.
     """
     summary, hashes = output / "duplicates.json", output / "hashes"
-    if summary.exists():
-        shutil.rmtree(hashes, ignore_errors=True)
+    if exists(summary):
+        remove_tree(hashes)
         return read_json(summary)
     sort = [
         HashTask(unit, hashes / f"{number:06d}", validation_fraction) for number, unit in enumerate(units)
@@ -102,7 +103,7 @@ def find_duplicates(
         for source, count in sorted(found.items())
     }
     write_json(summary, record)
-    shutil.rmtree(hashes)
+    remove_tree(hashes)
     return record
 
 
@@ -128,6 +129,14 @@ def sort_hashes(task: HashTask) -> None:
 
 def _run_file(base: Path, kind: str) -> Path:
     return base.with_name(f"{base.name}.{kind}.npy")
+
+
+def _load(path: Path) -> Any:
+    """An array, mapped where it lies on this machine; from a store it comes whole."""
+    if not is_remote(path):
+        return np.load(path, mmap_mode="r")
+    with open_file(path) as file:
+        return np.load(io.BytesIO(file.read()))
 
 
 def compare_range(task: RangeTask) -> dict[str, dict[str, int]]:
@@ -161,11 +170,11 @@ def _read_range(
     low, high = ((number << 64) // task.ranges for number in (task.number, task.number + 1))
     for number in range(len(task.units)):
         base = task.hashes / f"{number:06d}"
-        own = np.load(_run_file(base, "hash"), mmap_mode="r")
+        own = _load(_run_file(base, "hash"))
         begin = np.searchsorted(own, np.uint64(low))
         end = np.searchsorted(own, np.uint64(high)) if high < 1 << 64 else len(own)
         hashes.append(own[begin:end])
-        rows.append(np.load(_run_file(base, "row"), mmap_mode="r")[begin:end])
+        rows.append(_load(_run_file(base, "row"))[begin:end])
         counts.append(end - begin)
     units = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return np.concatenate(hashes), np.concatenate(rows), units
@@ -220,7 +229,7 @@ def _join(words: str, sources: pa.Array, keys: pa.Array) -> pa.Array:
 def _write_bits(path: Path, num_rows: int, dropped: Sequence[Path]) -> None:
     bits = np.zeros(-(-num_rows // 8), np.uint8)
     for part in dropped:
-        rows: Any = np.load(part)
+        rows = _load(part)
         np.bitwise_or.at(bits, rows >> 3, (1 << (rows & 7)).astype(np.uint8))
     with atomic_path(path) as temporary:
         bits.tofile(temporary)

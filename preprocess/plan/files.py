@@ -10,12 +10,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from preprocess.config import PlanConfig
 from preprocess.samples import SEGMENTS_TYPE
-from shared.errors import UserError
+from shared.files import read_part
 from shared.geometry import Budget, Geometry
+from shared.tables import open_table
 from shared.tokens import TokenIds
 
 PLAN_SUMMARY = "plan.json"
@@ -61,13 +61,8 @@ def read_shard_plan(path: Path, row_group: int) -> pa.Table:
         UserError: the plan file is missing or damaged.
     """
     mend = "delete the plan/ directory and run again, it will be planned again"
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read_row_group(row_group, use_threads=False).cast(PLAN_SCHEMA)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {mend}") from None
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: damaged ({error}); {mend}") from None
+    with open_table(path, mend) as file:
+        return file.read_row_group(row_group, use_threads=False).cast(PLAN_SCHEMA)
 
 
 class Run(Protocol):
@@ -117,5 +112,5 @@ def kept_rows(dropped: Path | None, first: int, count: int) -> Mask:
     """Which of the rows [first, first + count) of all index files are no dropped duplicates."""
     if dropped is None:
         return np.ones(count, bool)
-    bits = np.memmap(dropped, np.uint8, "r")[first // 8 : -(-(first + count) // 8)]
+    bits = np.frombuffer(read_part(dropped, first // 8, -(-(first + count) // 8)), np.uint8)
     return np.unpackbits(bits, bitorder="little")[first % 8 :][:count] == 0

@@ -1,19 +1,27 @@
-"""The survey: how many samples, pieces and tokens each block of the index holds, before anything is dealt.
+"""The survey: what the index holds, before anything is dealt.
 
-Only hashes and token counts are read. Exact but for samples whose pictures need more rows than N or a longer one than
-L: these are found when their window is planned, so a mixture is exact up to what is rejected there.
+    per block    samples, pieces and tokens, so that windows are equally full and mixtures have the right shares
+    per source   distributions of lengths and sizes, for the report
+
+Exact but for samples whose pictures need more rows than N or a longer one than L: these are found when their window is
+planned, so a mixture is exact up to what is rejected there.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from preprocess.index import read_blocks
-from preprocess.plan.files import Ints, PlanSettings, PlanUnit, is_validation, kept_rows
+from preprocess.plan.files import Ints, PlanSettings, PlanUnit, Run, is_validation, kept_rows
+from preprocess.report.distribution import Distribution
+from preprocess.samples import TEXT
 from shared.tokens import TokenIds
 
 # One record per block: row group `group` of its unit, rows [begin, begin + rows) of it. Pieces are an estimate from
@@ -30,35 +38,81 @@ BLOCK_DTYPE = np.dtype(
     ]
 )
 
+# Units of a task: its distributions, some 100 KB, are sent once for all of them.
+UNITS_PER_TASK = 16
+
+SEGMENT_COLUMNS = ("kind", "tokens", "height", "width", "t", "h", "w")
+ASPECT = "image_aspect_ratio"
+# Bins per factor of e of an aspect ratio, which is no integer: it is known to 1 in 4,000.
+ASPECT_BINS = 2000
+PERCENTILES = (5, 50, 95, 100)
+
 
 @dataclass(frozen=True, slots=True)
 class SurveyTask:
-    """Unit `number` of the job."""
+    """Units of one source, the first of which is unit `first` of the job."""
 
-    number: int
-    unit: PlanUnit
+    first: int
+    units: Sequence[PlanUnit]
     settings: PlanSettings
 
     def __str__(self) -> str:
-        return str(self.unit.path)
+        return f"survey of {self.units[0].path} and {len(self.units) - 1} more"
 
 
-def survey_unit(task: SurveyTask) -> npt.NDArray[np.void]:
-    """One record of BLOCK_DTYPE for every block (row group) of the unit."""
-    unit, settings = task.unit, task.settings
-    begin, records = 0, []
-    for group, table in enumerate(read_blocks(unit.path, ["key_hash", "segments.list.element.tokens"])):
-        tokens = sample_tokens(table["segments"].combine_chunks(), settings.ids)
-        usable = kept_rows(settings.dropped, unit.first_row + begin, len(table))
-        if settings.too_long[unit.source] == "reject":
-            usable &= tokens <= settings.budget.S
-        validation = is_validation(table["key_hash"].to_numpy(), settings.config.validation_fraction)
-        pieces = -(-tokens // settings.budget.S)
-        train = usable & ~validation
-        counts = (pieces[train].sum(), pieces[usable & validation].sum(), tokens[train].sum())
-        records.append((task.number, group, begin, len(table), *counts))
-        begin += len(table)
-    return np.array(records, BLOCK_DTYPE)
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """`blocks`: records of BLOCK_DTYPE. `lengths`: by name, of the samples of `source`."""
+
+    first: int
+    source: str
+    blocks: npt.NDArray[np.void]
+    lengths: dict[str, Distribution]
+
+
+def run_survey(units: Sequence[PlanUnit], settings: PlanSettings, run: Run) -> list[Survey]:
+    """Surveys of all units, in their order."""
+    tasks: list[SurveyTask] = []
+    first = 0
+    for _, group in itertools.groupby(units, lambda unit: unit.source):
+        own = list(group)
+        for begin in range(0, len(own), UNITS_PER_TASK):
+            tasks.append(SurveyTask(first + begin, own[begin : begin + UNITS_PER_TASK], settings))
+        first += len(own)
+    found: list[Survey] = run(survey_units, tasks, label="survey", total=len(tasks))
+    return sorted(found, key=lambda survey: survey.first)
+
+
+def survey_units(task: SurveyTask) -> Survey:
+    columns = ["key_hash", *(f"segments.list.element.{name}" for name in SEGMENT_COLUMNS)]
+    records: list[tuple[int, ...]] = []
+    lengths: dict[str, Distribution] = {}
+    for number, unit in enumerate(task.units, task.first):
+        begin = 0
+        for group, block in enumerate(read_blocks(unit.path, columns)):
+            records.append((number, group, begin, len(block), *_count(block, unit, begin, task.settings)))
+            for name, values in _lengths(block["segments"].combine_chunks()).items():
+                lengths.setdefault(name, Distribution()).add(values)
+            begin += len(block)
+    for distribution in lengths.values():
+        distribution.merge()
+    return Survey(task.first, task.units[0].source, np.array(records, BLOCK_DTYPE), lengths)
+
+
+def summarize(surveys: Iterable[Survey], sources: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Count, mean and percentiles of every distribution, per source."""
+    joined: dict[str, dict[str, Distribution]] = {name: {} for name in sources}
+    for survey in surveys:
+        for name, distribution in survey.lengths.items():
+            joined[survey.source].setdefault(name, Distribution()).join(distribution)
+    decoded: dict[str, Any] = {ASPECT: lambda bins: np.exp(bins / ASPECT_BINS)}
+    return {
+        source: {
+            name: own.summary(PERCENTILES, decoded.get(name, lambda values: values))
+            for name, own in columns.items()
+        }
+        for source, columns in joined.items()
+    }
 
 
 def sample_tokens(segments: pa.ListArray, ids: TokenIds) -> Ints:
@@ -72,3 +126,34 @@ def segment_offsets(segments: pa.ListArray) -> Ints:
     """Offsets [samples + 1] into the flattened segments."""
     offsets = segments.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0] if len(offsets) else np.zeros(1, np.int64)
+
+
+def _count(block: pa.Table, unit: PlanUnit, begin: int, settings: PlanSettings) -> tuple[int, int, int]:
+    """Train pieces, validation pieces and train tokens of one use of a block."""
+    tokens = sample_tokens(block["segments"].combine_chunks(), settings.ids)
+    usable = kept_rows(settings.dropped, unit.first_row + begin, len(block))
+    if settings.too_long[unit.source] == "reject":
+        usable &= tokens <= settings.budget.S
+    validation = is_validation(block["key_hash"].to_numpy(), settings.config.validation_fraction)
+    pieces = -(-tokens // settings.budget.S)
+    train = usable & ~validation
+    return int(pieces[train].sum()), int(pieces[usable & validation].sum()), int(tokens[train].sum())
+
+
+def _lengths(samples: pa.ListArray) -> dict[str, Ints]:
+    """Integers of every sample or image of a block, by what they are."""
+    offsets, segments = segment_offsets(samples), samples.flatten()
+    field = {name: segments.field(name).to_numpy().astype(np.int64) for name in SEGMENT_COLUMNS}
+    image = field["kind"] != TEXT
+    text = np.concatenate([[0], np.cumsum(np.where(image, 0, field["tokens"]))])
+    count = np.concatenate([[0], np.cumsum(image)])
+    height, width = field["height"][image], field["width"][image]
+    aspect = np.log(np.maximum(1, width) / np.maximum(1, height))
+    return {
+        "text_tokens_per_sample": text[offsets[1:]] - text[offsets[:-1]],
+        "images_per_sample": count[offsets[1:]] - count[offsets[:-1]],
+        "image_height_pixels": height,
+        "image_width_pixels": width,
+        ASPECT: np.rint(aspect * ASPECT_BINS).astype(np.int64),
+        "image_patches": (field["t"] * field["h"] * field["w"])[image],
+    }

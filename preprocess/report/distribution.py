@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-
 
 # Values that wait until they are counted: 8 MB of them.
 MERGE_AT = 1 << 20
@@ -26,7 +26,12 @@ class Distribution:
         self._waiting.append(values)
         self._num_waiting += len(values)
         if self._num_waiting >= MERGE_AT:
-            self._merge()
+            self.merge()
+
+    def join(self, other: Distribution) -> None:
+        """Take in what another one counted."""
+        other.merge()
+        self.merge(other._values, other._counts)
 
     @property
     def num_held(self) -> int:
@@ -36,14 +41,14 @@ class Distribution:
     def summary(
         self,
         percentiles: Sequence[int],
-        decode: Callable[[Ints], npt.NDArray[np.float64]] = lambda values: values.astype(np.float64),
+        decode: Callable[[Ints], npt.NDArray[Any]] = lambda values: values,
     ) -> dict[str, float]:
         """count, mean, p5 .. as `numpy.percentile` has them; `decode` makes of the integers what they stand for."""
-        self._merge()
+        self.merge()
         total = int(self._counts.sum())
         if not total:
             return {"count": 0}
-        values, ends = decode(self._values), np.cumsum(self._counts)
+        values, ends = decode(self._values).astype(np.float64), np.cumsum(self._counts)
         # Between two neighbours of the sorted values, in proportion.
         place = np.array(percentiles) / 100 * (total - 1)
         low = np.floor(place).astype(np.int64)
@@ -55,8 +60,13 @@ class Distribution:
         }
         return {"count": total, "mean": round(float((values * self._counts).sum() / total), 3), **named}
 
-    def _merge(self) -> None:
-        weights = [self._counts, *(np.ones(len(values), np.int64) for values in self._waiting)]
-        self._values, inverse = np.unique(np.concatenate([self._values, *self._waiting]), return_inverse=True)
-        self._counts = np.bincount(inverse, np.concatenate(weights), len(self._values)).astype(np.int64)
+    def merge(self, values: Ints | None = None, counts: Ints | None = None) -> None:
+        """Count what waits, and `counts` of each of `values`."""
+        parts = [(self._values, self._counts)]
+        parts += [(waiting, np.ones(len(waiting), np.int64)) for waiting in self._waiting]
+        if values is not None and counts is not None:
+            parts.append((values, counts))
+        self._values, inverse = np.unique(np.concatenate([part for part, _ in parts]), return_inverse=True)
+        weights = np.concatenate([part for _, part in parts])
+        self._counts = np.bincount(inverse, weights, len(self._values)).astype(np.int64)
         self._waiting, self._num_waiting = [], 0

@@ -1,29 +1,19 @@
-"""`report/stats.json` and the table a person reads, from index files and shards, never from raw inputs."""
+"""`report/stats.json` and the table a person reads, from what plan and pack counted, never from raw inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from preprocess.index import IndexedUnit, read_blocks
-from preprocess.report.distribution import Distribution
-from preprocess.samples import TEXT
 from shared.geometry import Budget
 
 PERCENTILES = (5, 50, 95, 100)
-COLUMNS = ["segments.list.element." + name for name in ("kind", "tokens", "height", "width", "t", "h", "w")]
-# Bins per factor of e of an aspect ratio: its percentiles are known to 1 in 4,000.
-ASPECT_BINS = 2000
 
 
 def collect_stats(
-    units: Sequence[IndexedUnit],
     shards: Sequence[Mapping[str, Any]],
     account: Mapping[str, Any],
     plan: Mapping[str, Any],
@@ -43,7 +33,7 @@ def collect_stats(
         "account": dict(account),
         "mixture": plan["mixture"],
         "duplicates": plan["duplicates"],
-        "samples": _index_stats(units),
+        "samples": plan["samples"],
     }
 
 
@@ -55,44 +45,6 @@ def fills(shards: Sequence[Mapping[str, Any]], budget: Budget) -> dict[str, floa
     return {
         "tokens": round(tokens / max(1, packs * budget.S), 6),
         "vision": round(patches / max(1, packs * budget.N * budget.L), 6),
-    }
-
-
-def _index_stats(units: Sequence[IndexedUnit]) -> dict[str, Any]:
-    """Distributions per source, from the columns of the index, a block in memory at a time."""
-    gathered: dict[str, dict[str, Distribution]] = {}
-    for unit in units:
-        own = gathered.setdefault(unit.source, {})
-        for block in read_blocks(unit.path, COLUMNS):
-            for name, values in _block_columns(block).items():
-                own.setdefault(name, Distribution()).add(values)
-    summary: dict[str, Any] = {}
-    for source, columns in gathered.items():
-        summary[source] = {name: column.summary(PERCENTILES) for name, column in columns.items()}
-        if aspect := columns.get(ASPECT):
-            summary[source][ASPECT] = aspect.summary(PERCENTILES, lambda bins: np.exp(bins / ASPECT_BINS))
-    return summary
-
-
-ASPECT = "image_aspect_ratio"
-
-
-def _block_columns(block: pa.Table) -> dict[str, npt.NDArray[np.int64]]:
-    lists = block["segments"].combine_chunks()
-    offsets, segments = lists.offsets.to_numpy(), lists.flatten()
-    names = ("kind", "tokens", "height", "width", "t", "h", "w")
-    field = {name: segments.field(name).to_numpy().astype(np.int64) for name in names}
-    image = field["kind"] != TEXT
-    text = np.concatenate([[0], np.cumsum(np.where(image, 0, field["tokens"]))])
-    count = np.concatenate([[0], np.cumsum(image)])
-    aspect = np.log(np.maximum(1, field["width"][image]) / np.maximum(1, field["height"][image]))
-    return {
-        "text_tokens_per_sample": text[offsets[1:]] - text[offsets[:-1]],
-        "images_per_sample": count[offsets[1:]] - count[offsets[:-1]],
-        "image_height_pixels": field["height"][image],
-        "image_width_pixels": field["width"][image],
-        ASPECT: np.rint(aspect * ASPECT_BINS).astype(np.int64),
-        "image_patches": (field["t"] * field["h"] * field["w"])[image],
     }
 
 

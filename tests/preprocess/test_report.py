@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +13,8 @@ from preprocess import finish
 from preprocess.index import IndexedUnit
 from preprocess.report import distribution
 from preprocess.report.distribution import Distribution
-from preprocess.report.stats import collect_stats
 from preprocess.samples import Reject, reject_table
-from shared.geometry import Budget
-from tests.preprocess.planning import image, text, write_index
+from tests.preprocess.planning import image, plan, text, write_index
 
 PERCENTILES = (5, 50, 95, 100)
 
@@ -47,13 +44,16 @@ def test_a_distribution_holds_values_not_samples(monkeypatch: pytest.MonkeyPatch
     assert streamed.summary((50,)) == {"count": 15_000, "mean": pytest.approx(2.99, abs=0.005), "p50": 3.0}
 
 
-def stats_of(tmp_path: Path, samples: dict[str, Any]) -> dict[str, Any]:
-    units = []
-    for number, (name, own) in enumerate(samples.items()):
-        units.append(IndexedUnit(name.partition("/")[0], name, tmp_path / f"{number}.parquet"))
-        write_index(units[-1].path, own)
-    plan = {"mixture": {}, "duplicates": None}
-    return collect_stats(units, [], {}, plan, Budget(S=64, N=2, L=32))["samples"]
+def test_distributions_of_many_files_are_joined() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 50, 400) for _ in range(5)]
+    joined, whole = Distribution(), Distribution()
+    whole.add(np.concatenate(parts))
+    for part in parts:
+        own = Distribution()
+        own.add(part)
+        joined.join(own)
+    assert joined.summary(PERCENTILES) == whole.summary(PERCENTILES)
 
 
 def test_lengths_and_pictures_of_the_index_are_told_by_source(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_lengths_and_pictures_of_the_index_are_told_by_source(tmp_path: Path) ->
         "web/1": {"c": [text(1), text(2)]},
         "chat": {"d": [text(7)]},
     }
-    stats = stats_of(tmp_path, samples)
+    stats = plan(tmp_path, samples).summary["samples"]
     assert stats["web"]["text_tokens_per_sample"] == {
         "count": 3,
         "mean": 5.0,
