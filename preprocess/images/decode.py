@@ -70,10 +70,9 @@ def _is_white_zero(picture: Image.Image) -> bool:
 def _turbo(data: bytes | memoryview, size: tuple[int, int], scale: int) -> Pixels | None:
     """RGB uint8 [H / scale, W / scale, 3], rounded up; None if the decoder has anything to object, be it a warning."""
     least = (-(-size[0] // scale), -(-size[1] // scale))
-    # The decoder takes the smallest of its sizes that is no smaller: exactly this. 0 asks for no scaling.
-    min_height, min_width = least if scale > 1 else (0, 0)
     try:
-        pixels_hwc = simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
+        # The smallest of the decoder's sizes that is no smaller: exactly this.
+        pixels_hwc = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except ValueError:
         return None
     return pixels_hwc if pixels_hwc.shape[:2] == least else None
