@@ -81,7 +81,12 @@ def _checked(number: int, value: object, escapes: bool) -> Record | Damage:
 
 def json_records(unit: str, file: io.BufferedReader) -> Iterator[Record | Damage]:
     """The items of a list as they come. A file of this name that begins with an object is read as JSON lines."""
-    start = file.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    try:
+        start = file.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    except (OSError, pa.ArrowException) as error:
+        if is_damage(error):
+            raise unreadable(unit, "file of JSON", error) from None
+        raise
     if start == b"[":
         yield from _list_records(file)
         return
@@ -175,7 +180,16 @@ class _TextWindow:
     def _read(self) -> None:
         """At least as much again, so that an item over many reads is not parsed too often."""
         rest = self._text[self._position :]
-        data = self._file.read(max(1 << 20, len(rest)))
+        pieces: list[bytes] = []
+        wanted = max(1 << 20, len(rest))
+        try:
+            while wanted > 0 and (piece := self._file.read1(wanted)):
+                pieces.append(piece)
+                wanted -= len(piece)
+        except (OSError, pa.ArrowException):
+            if not pieces:  # else it comes again when these are used up
+                raise
+        data = b"".join(pieces)
         self._text, self._position, self._ended = rest + self._decoder.decode(data, not data), 0, not data
 
 
@@ -202,7 +216,8 @@ def separated_records(
     try:
         names = next(rows)
     except (csv.Error, StopIteration) as error:
-        raise unreadable(unit, f"{kind} file", error) from None
+        problem = faults[0].detail if faults else str(error) or "no row of names"
+        raise unreadable(unit, f"{kind} file", ValueError(problem)) from None
     require_columns(unit, columns, names)
     wanted = {name: names.index(name) for name in (names if columns is None else columns)}
     number = 0

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 
@@ -27,6 +27,9 @@ from preprocess.sources.lines import json_records, line_records, separated_recor
 from preprocess.sources.record import Damage, Record, Value
 from preprocess.sources.tables import arrow_records, parquet_records
 from shared.remote import shown
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 __all__ = ["Damage", "Record", "Value", "container_of", "keyed_records", "read_records", "unpacked"]
 
@@ -92,5 +95,34 @@ def keyed_records(
 def unpacked(unit: str, file: BinaryIO) -> io.BufferedReader:
     """The content of a file whose name may end in .gz or .zst. A stream that is cut off is an error, not an end."""
     codec = PACKED.get(Path(unit.lower()).suffix)
-    raw: Any = file if codec is None else pa.CompressedInputStream(pa.PythonFile(file, "r"), codec)
+    raw: Any = file if codec is None else _Unpacked(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec))
     return io.BufferedReader(raw, 1 << 20)
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed stream that gives all that lies before a fault, and then the fault, also when asked again."""
+
+    def __init__(self, stream: pa.CompressedInputStream) -> None:
+        self._stream = stream
+        self._fault: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer)
+        size = 0
+        while size < len(view) and self._fault is None:
+            try:
+                # A fault costs what the same call has decompressed before it.
+                data = self._stream.read(min(16 << 10, len(view) - size))
+            except (OSError, pa.ArrowException) as error:
+                self._fault = error
+                break
+            if not data:
+                return size
+            view[size : size + len(data)] = data
+            size += len(data)
+        if self._fault is not None and not size:
+            raise self._fault
+        return size

@@ -47,6 +47,7 @@ def parquet_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) ->
             raise unreadable(unit, "Parquet file", error) from None
         raise
     require_columns(unit, columns, names)
+    size = file.seek(0, os.SEEK_END)
     groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
     if sum(group.num_rows for group in groups) != table.metadata.num_rows:
         raise unreadable(unit, "Parquet file", ValueError("its footer contradicts itself"))
@@ -64,7 +65,7 @@ def parquet_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) ->
                 raise
             problem = str(error)
         if problem:
-            yield from _lost_rows(file, first + done, group.num_rows - done, f"row group {number}: {problem}")
+            yield from _lost_rows(size, first + done, group.num_rows - done, f"row group {number}: {problem}")
         first += group.num_rows
 
 
@@ -72,6 +73,7 @@ def arrow_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) -> I
     """Rows by record batch, checked in full before use: offsets in the file lead pyarrow anywhere in memory."""
     try:
         is_file = file.read(6) == b"ARROW1"
+        size = file.seek(0, os.SEEK_END)
         source = _bounded(file)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         names = reader.schema.names
@@ -90,7 +92,7 @@ def arrow_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) -> I
         try:
             chosen.validate(full=True)
         except pa.ArrowInvalid as error:
-            yield from _lost_rows(file, first, batch.num_rows, str(error))
+            yield from _lost_rows(size, first, batch.num_rows, str(error))
         else:
             rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, chosen.nbytes)))
             for start in range(0, batch.num_rows, rows):
@@ -119,8 +121,8 @@ def _stream_batches(reader: pa.RecordBatchStreamReader) -> Iterator[pa.RecordBat
         yield error
 
 
-def _lost_rows(file: BinaryIO, first: int, count: int, detail: str) -> Iterator[Damage]:
-    if count > file.seek(0, os.SEEK_END):  # the count itself is damaged: nobody wants so many rejects
+def _lost_rows(size: int, first: int, count: int, detail: str) -> Iterator[Damage]:
+    if count > size:  # bytes of the file: the count itself is damaged: nobody wants so many rejects
         yield Damage(first, "rest_unreadable", detail)
         return
     for number in range(first, first + count):
