@@ -31,8 +31,8 @@ from preprocess.fetch.tables import Chunk, Record, RowError, key_of
 from shared.errors import UserError
 
 URLS, FAILURES = "image_urls", "image_failures"
-# Images of one row group; a group is in memory while it is written.
-GROUP_BYTES = 64 << 20
+# Images of one row group; a group is in memory some times over while it is written.
+GROUP_BYTES = 16 << 20
 # A list of Parquet holds 2 GiB.
 MAX_DOCUMENT_BYTES = 1 << 30
 

@@ -416,6 +416,28 @@ def test_the_command_prints_the_account_for_people_and_one_object_for_scripts(
 
 
 @pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "the first argument is the config, a TOML file; see configs/preprocess/fetch.toml"),
+        ("", "missing key 'output'"),
+        ('output = "o"\n[input]\nkind = "captions"\npaths = ["x"]\ntexts = "t"', "unknown key 'input.texts'"),
+        (
+            'output = "o"\n[input]\nkind = "tables"\npaths = ["x"]',
+            "'tables' is not one of captions, interleaved",
+        ),
+    ],
+)
+def test_a_wrong_config_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str | None, message: str
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(config or "")
+    assert main(["fetch", *([] if config is None else [str(path)])]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shard": "0/3"}, 'shard must be like "3/16"'),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import email.utils
 import gzip
 import io
+import tarfile
 import time
 import tracemalloc
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -193,6 +196,19 @@ def test_what_pillow_writes_is_known_by_its_first_bytes(kind: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (9, 5), "red").save(file, kind)
     assert sniff(file.getvalue()[:SNIFF_BYTES]) == FORMATS[kind]
+
+
+def test_every_real_picture_is_known_by_its_first_bytes(shared_data: Path) -> None:
+    kinds: Counter[tuple[str, str | None]] = Counter()
+    for path in [*(shared_data / "photos").glob("*.tar"), *(shared_data / "cc12m").glob("*.tar")]:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                extension = member.name.rsplit(".", 1)[-1].lower().replace("jpeg", "jpg")
+                if member.isfile() and extension not in ("txt", "json"):
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    kinds[extension, sniff(file.read(SNIFF_BYTES))] += 1
+    assert kinds.total() == 129 and all(named == seen for named, seen in kinds), kinds
 
 
 @pytest.mark.parametrize(

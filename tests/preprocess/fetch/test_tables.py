@@ -171,6 +171,26 @@ def test_a_file_that_cannot_be_read_to_its_end_stops_the_job_by_name(
     assert name in str(error.value)
 
 
+def test_a_parquet_file_with_a_damaged_page_stops_the_job_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [{"url": f"http://host/{number}", "caption": "c"} for number in range(100)]
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="none", write_page_checksum=True)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"http://host/50", b"http://hOst/50"))
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read to its end"):
+        read(captions(path))
+
+
+def test_a_parquet_row_of_text_that_is_not_utf8_fails_alone(tmp_path: Path) -> None:
+    good = pa.array(["http://h/1", "http://h/2"])
+    bad = pa.array([b"a", b"\xff"])
+    bad = pa.StringArray.from_buffers(2, bad.buffers()[1], bad.buffers()[2])
+    pq.write_table(pa.table({"url": good, "caption": bad}), tmp_path / "a.parquet")
+    first, second = read(captions(tmp_path / "a.parquet"))
+    assert first == {"url": "http://h/1", "caption": "a"}
+    assert second == ("row_malformed", "text that is not UTF-8")
+
+
 def test_a_line_without_an_end_is_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
