@@ -19,7 +19,7 @@ from preprocess.verify import verify_dataset
 from shared.config import load_config
 from shared.dataset import open_dataset
 from shared.errors import UserError, closest
-from shared.files import read_json
+from shared.files import existing, read_json
 
 if TYPE_CHECKING:
     from preprocess.job import Job
@@ -145,7 +145,7 @@ def _pack(words: list[str], as_json: bool) -> int:
 
 
 def _require_index(job: Job) -> None:
-    missing = sum(not unit.path.exists() for unit in job.units)
+    missing = len(job.units) - len(existing(unit.path for unit in job.units))
     if missing:
         raise UserError(
             f"{job.output}: {missing} of {len(job.units)} inputs are not scanned; run `scan` first"

@@ -10,7 +10,6 @@ with `on_change = "rebuild"`.
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import Any, Literal
 
 from preprocess.config import PreprocessConfig
 from preprocess.index import IndexedUnit
-from preprocess.inputs import file_state
+from preprocess.inputs import file_states
 from shared.codecs import codec_settings
 from shared.config import to_dict
 from shared.dataset import MANIFEST
 from shared.errors import UserError
-from shared.files import canonical_json, read_json, sha256, write_json
+from shared.files import canonical_json, exists, has_files, read_json, remove, remove_tree, sha256, write_json
 from shared.schema import FORMAT_VERSION
 
 IDENTITY = "identity.json"
@@ -44,14 +43,20 @@ def scan_identity(
         },
         "hash_content": config.plan.duplicates != "ignore",
         "tokenizer_sha256": tokenizer_sha256,
-        "inputs": [[unit.source, unit.unit, *file_state(unit.unit)] for unit in units]
-        + [
-            [name, str(file), *file_state(str(file))]
-            for name, source in config.sources.items()
-            for file in source.files(Path(config.tokenizer))
-        ],
+        "inputs": _inputs(config, units),
         "made_by": made_by(),
     }
+
+
+def _inputs(config: PreprocessConfig, units: Sequence[IndexedUnit]) -> list[list[int | str]]:
+    """Source, path and state of every raw file, and of what else decides how they are read."""
+    files = [(unit.source, unit.unit) for unit in units] + [
+        (name, str(file))
+        for name, source in config.sources.items()
+        for file in source.files(Path(config.tokenizer))
+    ]
+    states = file_states([path for _, path in files])
+    return [[*file, *state] for file, state in zip(files, states, strict=True)]
 
 
 def made_by() -> dict[str, str]:
@@ -106,20 +111,20 @@ def claim(
                 f"{output}: holds a run with other settings or inputs ({changed}); choose another output, "
                 f"or throw that work away with --on_change rebuild"
             )
-        (output / MANIFEST).unlink(missing_ok=True)  # first: no data set without its shards
+        remove(output / MANIFEST)  # first: no data set without its shards
         for name in stale:
-            shutil.rmtree(output / name, ignore_errors=True)
+            remove_tree(output / name)
     write_json(output / step / IDENTITY, identity)
 
 
 def _changed(directory: Path, identity: dict[str, Any]) -> str:
     """What differs from the run whose work lies in the directory of a step; "" when nothing does."""
     path = directory / IDENTITY
-    if path.exists():
+    if exists(path):
         before = read_json(path)
         return _difference(before, identity) if before != identity else ""
     # Work that nobody claims: its removal was cut short.
-    return f"{directory.name}/{IDENTITY} is gone" if directory.is_dir() and any(directory.iterdir()) else ""
+    return f"{directory.name}/{IDENTITY} is gone" if has_files(directory) else ""
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> str:

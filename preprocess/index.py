@@ -33,7 +33,7 @@ from preprocess.samples import (
 )
 from shared.errors import UserError
 from shared.files import atomic_path
-from shared.tables import read_table
+from shared.tables import open_table, read_table
 from shared.tokens import Tokens
 
 # Samples per row group: neighbours that the plan keeps in one window.
@@ -88,12 +88,9 @@ def read_blocks(
     Raises:
         UserError: it is missing or damaged.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups) if groups is None else groups:
-                yield file.read_row_group(group, columns=list(columns), use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: damaged ({error}); {MEND}") from None
+    with open_table(path, MEND) as file:
+        for group in range(file.num_row_groups) if groups is None else groups:
+            yield file.read_row_group(group, columns=list(columns), use_threads=False)
 
 
 def read_counts(path: Path) -> dict[str, Any]:
@@ -102,11 +99,12 @@ def read_counts(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    with open_table(path, MEND) as file:
+        metadata = file.metadata.metadata or {}
     try:
-        metadata = pq.read_metadata(path).metadata or {}
         return json.loads(metadata[COUNTS])
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); {MEND}") from None
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); {MEND}") from None
 
 
 @dataclass(frozen=True, slots=True)

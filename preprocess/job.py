@@ -30,7 +30,16 @@ from preprocess.sources.base import SourceContext
 from shared.config import to_toml
 from shared.dataset import MANIFEST, describe_contract, fingerprint_of
 from shared.errors import UserError
-from shared.files import atomic_path, lock_directory, read_json, remove_temporaries
+from shared.files import (
+    atomic_path,
+    existing,
+    exists,
+    file_size,
+    lock_directory,
+    read_json,
+    remove_temporaries,
+)
+from shared.remote import as_path, is_remote
 from shared.tokens import TextTokenizer, load_tokenizer
 
 # What a job writes below its output: nothing else there is ever touched.
@@ -46,7 +55,7 @@ class Job:
 
     @cached_property
     def output(self) -> Path:
-        return Path(self.config.output)
+        return as_path(self.config.output)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -94,11 +103,13 @@ class Job:
 
     def scan(self, executor: Executor) -> None:
         """Write the index file of every unit that has none."""
+        done = existing(unit.path for unit in self.units)
         tasks = [
             ScanUnit(
                 source=unit.source,
                 config=self.config.sources[unit.source],
-                unit=os.path.abspath(unit.unit),  # a worker has a directory of its own
+                # A worker has a directory of its own.
+                unit=unit.unit if is_remote(unit.unit) else os.path.abspath(unit.unit),
                 output=unit.path.absolute(),
                 tokenizer=Path(self.config.tokenizer).absolute(),
                 tokens=self.config.tokens,
@@ -107,7 +118,7 @@ class Job:
                 hash_content=self.config.plan.duplicates != "ignore",
             )
             for unit in self.units
-            if not unit.path.exists()
+            if unit.path not in done
         ]
         _run(executor, scan_unit, tasks, label="scan", total=len(self.units))
         counts = scan_counts(self.units)
@@ -118,7 +129,7 @@ class Job:
     def plan(self, executor: Executor) -> dict[str, Any]:
         """Write the plan, or return the one that is there."""
         summary = self.output / "plan" / PLAN_SUMMARY
-        if not summary.exists():
+        if not exists(summary):
             make_plan(
                 self.units,
                 self.config.sources,
@@ -161,10 +172,11 @@ class Job:
 
     def _is_packed(self, name: str) -> bool:
         shard, result = self.output / "shards" / name, self._result_path(name)
-        if not shard.exists() or not result.exists():
+        size = file_size(shard)
+        if size is None or not exists(result):
             return False
         made = read_json(result)
-        return made["identity"] == short_hash(self.identity) and made["bytes"] == shard.stat().st_size
+        return made["identity"] == short_hash(self.identity) and made["bytes"] == size
 
     def finish(self) -> dict[str, Any]:
         """Settle the account and write what makes a data set of the shards; return the statistics.

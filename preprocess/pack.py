@@ -32,6 +32,7 @@ from preprocess.stream import image_starts, token_stream
 from shared.codecs import ImageEncoder, image_encoder, store_patches
 from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
+from shared.remote import is_remote
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
 from shared.tokens import TokenIds, Tokens
@@ -72,7 +73,7 @@ class PackTask:
         """The file that holds a picture's bytes."""
         if segment.file == STORE:
             return str(media_file(self.index / piece.index))
-        return os.path.join(self.directory, segment.file)
+        return segment.file if is_remote(segment.file) else os.path.join(self.directory, segment.file)
 
 
 @dataclass(frozen=True, slots=True)

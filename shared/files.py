@@ -105,6 +105,15 @@ def open_file(path: Path) -> BinaryIO:
     return remote.open_object(str(path), REQUEST_BYTES)
 
 
+def read_part(path: Path, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file, fewer where it is shorter."""
+    if is_remote(path):
+        return remote.read_range(str(path), start, end - start)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
 def file_size(path: Path) -> int | None:
     """Bytes of a file; None where there is none."""
     if is_remote(path):
@@ -177,6 +186,7 @@ def lock_directory(directory: Path, what: str) -> Generator[None, None, None]:
         UserError: another process holds it, or it cannot be made; `what` is what is going on there.
     """
     if is_remote(directory):
+        remote.require_writable(directory)
         with lock_object(f"{directory}/{LOCK}", what):
             yield
         return

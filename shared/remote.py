@@ -84,18 +84,20 @@ def as_path(text: str) -> Path:
     Annotations say Path for both; what opens, renames or removes goes through `shared.files`.
 
     Raises:
-        UserError: nothing can be written to stores of its kind.
+        UserError: there is no client for stores of its kind.
     """
     if not is_remote(text):
         return Path(re.sub(r"^(file|local)://", "", text))
-    if _protocol(text) not in _WRITABLE:
-        raise UserError(
-            f"{shown(text)}: {_protocol(text)}:// is not written to; use a local path, s3:// or gs://"
-        )
     from upath import UPath
 
     _filesystem(text)
     return cast(Path, UPath(text.rstrip("/"), **_OPTIONS.get(_protocol(text), {})))
+
+
+def require_writable(path: Path) -> None:
+    """Raises: UserError: what is written there would not appear whole or not at all."""
+    if is_remote(path) and _protocol(str(path)) not in _WRITABLE:
+        raise UserError(f"{shown(path)}: not a place for outputs; use a local path, s3:// or gs://")
 
 
 def shown(uri: Path | str) -> str:
