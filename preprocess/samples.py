@@ -31,11 +31,13 @@ class Text:
     learned: character spans [start, end) whose tokens are learned; None learns all.
     special: character spans that are special tokens of the tokenizer, written by a chat template; whatever is
         outside of them stays text, also if it spells a special token.
+    inner: something of the same text, such as a picture, precedes it (`TextTokenizer.inner`).
     """
 
     text: str
     learned: tuple[tuple[int, int], ...] | None = None
     special: tuple[tuple[int, int], ...] = ()
+    inner: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def _encode_marked(text: Text, tokenizer: TextTokenizer) -> Tokens | TextError:
     position = 0
     for start, end in (*text.special, (len(text.text), len(text.text))):
         if stretch := text.text[position:start]:
-            tokens, offsets = tokenizer.encode_with_offsets(stretch)
+            tokens, offsets = tokenizer.encode_with_offsets(stretch, inner=text.inner or position > 0)
             if isinstance(checked := _checked(tokens, stretch, tokenizer), TextError):
                 return checked
             ids.append(tokens)

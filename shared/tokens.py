@@ -8,6 +8,7 @@ part, `tokenizer.json` (or `added_tokens_decoder` in the config) gives its id.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,9 +72,14 @@ class TokenNames:
 
 @dataclass(frozen=True, slots=True)
 class TextTokenizer:
-    """A tokenizer whose text can only become text."""
+    """A tokenizer whose text can only become text.
+
+    inner: the same for text that something of its document precedes; another where a SentencePiece tokenizer puts
+    a space before the first word of a document alone.
+    """
 
     tokenizer: Tokenizer
+    inner: Tokenizer
     ids: TokenIds
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
@@ -81,9 +87,12 @@ class TextTokenizer:
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
-    def encode_with_offsets(self, text: str) -> tuple[Tokens, list[tuple[int, int]]]:
-        """`encode` of one text, and the characters [start, end) that each token was made from."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+    def encode_with_offsets(self, text: str, *, inner: bool = False) -> tuple[Tokens, list[tuple[int, int]]]:
+        """`encode` of one text, and the characters [start, end) that each token was made from.
+
+        inner: it does not begin its document.
+        """
+        encoding = (self.inner if inner else self.tokenizer).encode(text, add_special_tokens=False)
         return np.array(encoding.ids, np.int32), encoding.offsets
 
     def holds_special(self, tokens: Tokens) -> bool:
@@ -107,7 +116,8 @@ def load_tokenizer(directory: Path, names: TokenNames | None = None) -> TextToke
     """
     config = _read_files(directory)
     tokenizer = _open(directory, config)
-    return TextTokenizer(tokenizer, _resolve(directory, tokenizer, config, names or TokenNames()))
+    ids = _resolve(directory, tokenizer, config, names or TokenNames())
+    return TextTokenizer(tokenizer, _inner(tokenizer), ids)
 
 
 def reopen_tokenizer(directory: Path, ids: TokenIds) -> TextTokenizer:
@@ -121,7 +131,7 @@ def reopen_tokenizer(directory: Path, ids: TokenIds) -> TextTokenizer:
         raise UserError(
             f"tokenizer {directory}: is not the one that the data set was made with; copy it again"
         )
-    return TextTokenizer(tokenizer, ids)
+    return TextTokenizer(tokenizer, _inner(tokenizer), ids)
 
 
 def _open(directory: Path, config: dict[str, Any]) -> Tokenizer:
@@ -158,6 +168,22 @@ def _open(directory: Path, config: dict[str, Any]) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _inner(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without the space before the first word; itself where it puts none, or one before every text."""
+    from tokenizers import Tokenizer
+
+    if "prepend_scheme=first" not in repr(tokenizer.pre_tokenizer):
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    rules = json.dumps(content["pre_tokenizer"])
+    content["pre_tokenizer"] = json.loads(
+        rules.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    )
+    inner = Tokenizer.from_str(json.dumps(content))
+    inner.encode_special_tokens = True
+    return inner
 
 
 def tokenizer_files(directory: Path) -> list[str]:

@@ -15,7 +15,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -112,8 +112,12 @@ def chat_texts(
         learned = _generated(rendering, turns, learn)
     else:
         learned = _answers(rendering, turns, special, learn)
-    text, moved = _without(rendering.text, _removed(rendering, special, specials))
+    removed = _removed(rendering, special, specials)
+    text, moved = _without(rendering.text, removed)
     texts = _cut(text, list(map(moved, learned)), list(map(moved, special)))
+    # A text whose begin of text was the template's own is tokenized as what follows it.
+    begun = bool(removed) and removed[0][0] == 0
+    texts = [replace(text, inner=n > 0 or begun) for n, text in enumerate(texts)]
     return texts, [number for _, turn in rendering.contents for number in turns[turn].pictures]
 
 
@@ -253,7 +257,7 @@ def _removed(rendering: Rendering, special: Sequence[Span], specials: Specials) 
     if special and text[slice(*special[-1])] == specials.eos and not text[special[-1][1] :].strip():
         removed.append((special[-1][0], len(text)))
     merged: list[Span] = []
-    for start, end in sorted(removed):
+    for start, end in sorted(span for span in removed if span[0] < span[1]):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:

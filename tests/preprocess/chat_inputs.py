@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
 from preprocess.sources.chat_template import ChatTemplate, load_template
 from preprocess.sources.chat_text import Specials, specials_of
@@ -170,6 +170,26 @@ def chat_tokenizer(directory: Path, style: Style, *, base: Path | None = None) -
     return directory
 
 
+def space_tokenizer(directory: Path, style: Style, scheme: str) -> Path:
+    """A BPE over words that begin with a space, which "first" or "always" (or "never") gets one of its own."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    names = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "img": "<img>", "boi": "<boi>", "eoi": "<eoi>"}
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", *names.values(), *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Hi [INST] there, a cat. No [/INST]"] * 9, trainer)
+    added = [AddedToken(name, normalized=False) for name in (*names.values(), *style.special)]
+    directory.mkdir(parents=True)
+    tokenizer.add_special_tokens(added)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {f"{part}_token": name for part, name in names.items()} | {"chat_template": style.template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
 @dataclass(frozen=True, repr=False)
 class Opened:
     directory: Path
@@ -181,9 +201,12 @@ class Opened:
 
 def open_style(directory: Path, style: Style, *, base: Path | None = None, date: str = "") -> Opened:
     """Our tokenizer and template, and transformers' own tokenizer over the same files as `reference`."""
+    return open_directory(chat_tokenizer(directory, style, base=base), date)
+
+
+def open_directory(directory: Path, date: str = "") -> Opened:
     from transformers import PreTrainedTokenizerFast
 
-    chat_tokenizer(directory, style, base=base)
     tokenizer = load_tokenizer(directory, TokenNames())
     template = load_template(directory, file=None, name="default", date=date)
     reference = PreTrainedTokenizerFast.from_pretrained(directory)

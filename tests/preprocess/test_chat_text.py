@@ -15,7 +15,16 @@ from preprocess.samples import Text
 from preprocess.sources.chat_text import chat_texts
 from preprocess.sources.chat_turns import ChatError, read_conversation
 from preprocess.text import TextError, encode_texts
-from tests.preprocess.chat_inputs import EVERYDAY, STYLES, Opened, Style, messages, open_style
+from tests.preprocess.chat_inputs import (
+    EVERYDAY,
+    STYLES,
+    Opened,
+    Style,
+    messages,
+    open_directory,
+    open_style,
+    space_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +338,29 @@ def test_learned_characters_are_the_assistants_whatever_anybody_writes(
         assert question in rest
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_space_before_the_first_word_is_there_as_often_as_in_transformers(
+    scheme: str, tmp_path: Path
+) -> None:
+    for name in ("inst", "chatml"):
+        style = open_directory(space_tokenizer(tmp_path / name, STYLES[name], scheme))
+        turns = messages("Hi there", "a cat", "No <img>", "Hi")
+        # What transformers takes for a picture stands where ours is cut.
+        asked = [{**turn, "content": turn["content"].replace("<img>", "<image>")} for turn in turns]
+        encoded = encode_texts(texts_of(style, asked, image="a")[0], style.tokenizer)
+        before, after = (
+            np.where(ids < 0, ~ids, ids).tolist() for ids in encoded if not isinstance(ids, TextError)
+        )
+        ids = style.tokenizer.ids
+        ours = [ids.bos, *before, ids.image, *after, ids.eos]
+        theirs = style.reference.apply_chat_template(turns, tokenize=True)["input_ids"]
+        if name == "inst":
+            assert ours == theirs
+        else:  # It writes neither begin nor end, and a line break at last.
+            assert ours == [ids.bos, *theirs, ids.eos]
+
+
+# No special tokens, and none of the characters that data never holds.
 ORDINARY = st.text(
     st.characters(codec="utf-8", exclude_characters="<|[]", exclude_categories=["Cn", "Cs"]), max_size=20
 )
