@@ -262,7 +262,7 @@ def _open_tar(unit: str, file: _HeaderFile | _Stream) -> tarfile.TarFile:
         fault = (file.damage if isinstance(file, _Stream) else "") or str(error)
         raise BadFileError(
             "file_unreadable",
-            f"{unit}: not a readable tar, plain or packed with gzip or zstd ({fault}); get it again",
+            f"{unit}: not a readable tar ({fault}), plain or packed with gzip or zstd; get it again",
         ) from None
 
 
