@@ -105,7 +105,8 @@ def _documents(chunk: Chunk, config: DocumentsInput, result: Result) -> Iterator
 
 
 def _texts(record: Record, column: str) -> list[str | None]:
-    values = record.get(column) or []
+    values = record.get(column)
+    values = [] if values is None else values
     if not isinstance(values, list) or not all(value is None or isinstance(value, str) for value in values):
         raise RowError("row_malformed", f"{column!r} is no list of texts and nulls")
     return values
@@ -133,7 +134,10 @@ def _filled(
         result.rows.fetched += 1
         result.image_bytes += size
         urls = [url if url is None else redacted(url) for url in document.urls]
-        yield {**document.record, config.images: images, URLS: urls, FAILURES: failures}, size
+        lists = {config.images: images, URLS: urls, FAILURES: failures}
+        if document.record.get(config.images) is None:  # no list is not an empty one
+            lists = dict.fromkeys(lists)
+        yield {**document.record, **lists}, size
 
 
 def _image(outcome: _Place | Failure, spool: Spool, room: int) -> bytes | Failure:

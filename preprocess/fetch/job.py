@@ -38,6 +38,7 @@ from preprocess.identity import IDENTITY, claim
 from shared.config import to_dict, to_toml
 from shared.errors import UserError
 from shared.files import atomic_path, lock_directory, read_json, remove_temporaries, write_json
+from shared.remote import as_path, is_remote
 
 CHUNKS, TARS, DOCUMENTS = "chunks", "tars", "documents"
 # The next file is begun while the last fetches of the one before it are still waited for.
@@ -50,8 +51,12 @@ def run_fetch(config: FetchConfig) -> dict[str, Any]:
     Raises:
         UserError: of the config, the inputs or the output; or too much failed.
     """
+    if is_remote(config.output):
+        raise UserError(
+            f"output {config.output}: fetch writes to a directory of this machine; copy it from there"
+        )
     files = list_inputs(config.input.paths)
-    output = Path(config.output)
+    output = as_path(config.output)
     number, slices = config.slice
     _allow_open_files(config.http.connections)
     with lock_directory(output / "locks" / f"{number}-of-{slices}", "fetching this slice"):
@@ -75,7 +80,7 @@ def _one_at_a_time(path: Path) -> Generator[None]:
 
 
 def _claim(config: FetchConfig, files: Sequence[str]) -> None:
-    output = Path(config.output)
+    output = as_path(config.output)
     settings = to_dict(config)
     identity = {
         "inputs": file_states(files),
@@ -96,7 +101,7 @@ class _Job:
 
     def __init__(self, config: FetchConfig) -> None:
         self._config = config
-        self._output = Path(config.output)
+        self._output = as_path(config.output)
         self._captions = isinstance(config.input, CaptionsInput)
         self._done = Result()  # this slice's finished chunks
         self._num_chunks = self._num_rows = 0

@@ -25,6 +25,7 @@ from preprocess.fetch.config import FetchConfig
 from preprocess.fetch.job import run_fetch
 from preprocess.samples import Media, RawSample, Text
 from preprocess.sources.base import SourceContext
+from preprocess.sources.interleaved import Interleaved, InterleavedConfig
 from preprocess.sources.webdataset import WebDataset, WebDatasetConfig
 from shared.config import load_config
 from shared.errors import UserError
@@ -204,10 +205,12 @@ def test_documents_live_on_without_the_pictures_that_failed(tmp_path: Path) -> N
             {"texts": "no list", "images": [good]},
             {"texts": [None, None], "images": [good, good]},
             {"texts": ["only text"], "images": [None]},
+            {"texts": ["no list"], "images": None},
+            {"texts": ["no list"], "images": ""},
         ]
         record = fetch(tmp_path, write_rows(tmp_path / "a.jsonl", rows), kind="interleaved")
         assert server.requests == {"/ok/x": 1, "/status/x?code=410": 1}
-    assert record["rows"] == {"read": 4, "fetched": 3, "failed": {"row_malformed": 1}}
+    assert record["rows"] == {"read": 6, "fetched": 4, "failed": {"row_malformed": 2}}
     assert record["images"] == {"read": 4, "fetched": 3, "failed": {"http_410": 1}}
     table = pq.read_table(tmp_path / "out" / "documents" / "00000.parquet")
     assert table.to_pylist() == [
@@ -235,11 +238,41 @@ def test_documents_live_on_without_the_pictures_that_failed(tmp_path: Path) -> N
             "image_urls": [None],
             "image_failures": [None],
         },
+        {
+            "images": None,
+            "texts": ["no list"],
+            "meta": None,
+            "n": None,
+            "image_urls": None,
+            "image_failures": None,
+        },
     ]
     assert failures(tmp_path) == [
         ("0000000001", 1, None, "row_malformed"),
+        ("0000000005", 5, None, "row_malformed"),
         ("0000000000", 0, 3, "http_410"),
     ]
+
+
+def test_the_interleaved_source_reads_the_documents_as_they_are(server: Server, tmp_path: Path) -> None:
+    rows = [
+        {
+            "texts": ["a", None, "b", None],
+            "images": [None, server.url("/ok/x"), None, server.url("/empty/x")],
+        },
+        {"texts": ["c"], "images": None},
+    ]
+    fetch(tmp_path, write_rows(tmp_path / "a.jsonl", rows), kind="interleaved")
+    path = str(tmp_path / "out" / "documents" / "00000.parquet")
+    source = Interleaved(InterleavedConfig(paths=(path,)), SourceContext("web", tmp_path, TokenNames()))
+    found: list[list[str | bytes]] = []
+    for entry in source.scan(path):
+        assert isinstance(entry, RawSample)
+        found.append([])
+        for segment in entry.segments:
+            assert isinstance(segment, (Text, Media))
+            found[-1].append(segment.text if isinstance(segment, Text) else segment.file.read())
+    assert found == [["a", PICTURE, "b"], ["c"]]
 
 
 def test_a_document_beyond_what_parquet_holds_loses_its_last_pictures(
@@ -444,6 +477,7 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(
         ({"shard": "4/3"}, 'shard must be like "3/16"'),
         ({"shard": "1-3"}, 'shard must be like "3/16"'),
         ({"shard": "1/3", "on_change": "rebuild"}, "remove the output yourself"),
+        ({"output": "s3://bucket/out"}, "fetch writes to a directory of this machine"),
         ({"rows_per_file": 0}, "rows_per_file must be at least 1, got 0"),
         ({"max_failure_rate": 2.0}, "max_failure_rate must lie in"),
         ({"http__retries": -1}, r"\[http\] retries must be at least 0, got -1"),
