@@ -7,7 +7,8 @@ those that inference will see; what is learned follows from the offsets of that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,40 +33,84 @@ def encode_texts(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Tokens
     for number, ids in zip(plain, tokenizer.encode([texts[n].text for n in plain]), strict=True):
         result[number] = _checked(ids, texts[number].text, tokenizer)
     marked = [number for number, text in enumerate(texts) if text.learned is not None or text.special]
-    for number in marked:
-        result[number] = _encode_marked(texts[number], tokenizer)
+    for number, found in zip(marked, _encode_marked([texts[n] for n in marked], tokenizer), strict=True):
+        result[number] = found
     return result
 
 
 def _checked(ids: Tokens, text: str, tokenizer: TextTokenizer) -> Tokens | TextError:
-    if tokenizer.holds_special(ids):
+    if tokenizer.are_special(ids).any():
         return TextError("special_token_in_text", f"text {text[:60]!r}")
     return ids
 
 
-def _encode_marked(text: Text, tokenizer: TextTokenizer) -> Tokens | TextError:
-    """Stretches between special tokens one by one, each with its offsets."""
-    ids: list[Tokens] = []
-    spans: list[tuple[int, int]] = []
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Characters from `start` on of one of several texts: a special token, or what lies between two."""
+
+    number: int
+    start: int
+    text: str
+    special: bool
+    inner: bool
+
+
+def _encode_marked(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Tokens | TextError]:
+    """Texts with spans: all stretches of all texts in one call, each token with the characters it was made from."""
+    stretches = [stretch for number, text in enumerate(texts) for stretch in _stretches(number, text)]
+    encoded = _encode_stretches(stretches, tokenizer)
+    lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
+    ids = np.array([number for numbers, _ in encoded for number in numbers], np.int32)
+    spans_n2 = np.array([span for _, offsets in encoded for span in offsets], np.int64).reshape(-1, 2)
+    spans_n2 += np.repeat(np.array([stretch.start for stretch in stretches], np.int64), lengths)[:, None]
+    owners = np.repeat(np.array([stretch.number for stretch in stretches], np.int64), lengths)
+    from_text = ~np.repeat(np.array([stretch.special for stretch in stretches], bool), lengths)
+    wrong = set(owners[from_text & tokenizer.are_special(ids)].tolist())
+    unknown = {
+        s.number: s.text for s, (found, _) in zip(stretches, encoded, strict=True) if s.special and not found
+    }
+    borders = np.searchsorted(owners, np.arange(len(texts) + 1)).tolist()
+    result: list[Tokens | TextError] = []
+    for number, text in enumerate(texts):
+        here = slice(borders[number], borders[number + 1])
+        if number in unknown:
+            result.append(TextError("not_a_special_token", f"{unknown[number]!r} is not in the vocabulary"))
+        elif number in wrong:
+            result.append(TextError("special_token_in_text", f"text {text.text[:60]!r}"))
+        elif text.learned is None:
+            result.append(ids[here])
+        else:
+            result.append(np.where(_overlaps(spans_n2[here], text.learned), ids[here], ~ids[here]))
+    return result
+
+
+def _stretches(number: int, text: Text) -> Iterator[_Stretch]:
     position = 0
     for start, end in (*text.special, (len(text.text), len(text.text))):
-        if stretch := text.text[position:start]:
-            tokens, offsets = tokenizer.encode_with_offsets(stretch, inner=text.inner or position > 0)
-            if isinstance(checked := _checked(tokens, stretch, tokenizer), TextError):
-                return checked
-            ids.append(tokens)
-            spans += [(first + position, last + position) for first, last in offsets]
-        if end > start:
-            identifier = tokenizer.tokenizer.token_to_id(text.text[start:end])
-            if identifier is None:
-                return TextError("not_a_special_token", f"{text.text[start:end]!r} is not in the vocabulary")
-            ids.append(np.array([identifier], np.int32))
-            spans.append((start, end))
+        if position < start:
+            inner = text.inner or position > 0
+            yield _Stretch(number, position, text.text[position:start], special=False, inner=inner)
+        if start < end:
+            yield _Stretch(number, start, text.text[start:end], special=True, inner=True)
         position = end
-    tokens = np.concatenate([*ids, np.empty(0, np.int32)])
-    if text.learned is None:
-        return tokens
-    return np.where(_overlaps(np.array(spans, np.int64).reshape(-1, 2), text.learned), tokens, ~tokens)
+
+
+def _encode_stretches(
+    stretches: Sequence[_Stretch], tokenizer: TextTokenizer
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and offsets of each; a special token that there is not has none."""
+    encoded: list[tuple[list[int], list[tuple[int, int]]]] = [([], [])] * len(stretches)
+    for inner in (False, True):
+        chosen = [n for n, s in enumerate(stretches) if not s.special and s.inner == inner]
+        found = tokenizer.encode_with_offsets([stretches[n].text for n in chosen], inner=inner)
+        for number, pair in zip(chosen, found, strict=True):
+            encoded[number] = pair
+    names = {stretch.text for stretch in stretches if stretch.special}
+    ids = {name: number for name in names if (number := tokenizer.tokenizer.token_to_id(name)) is not None}
+    for number, stretch in enumerate(stretches):
+        if stretch.special and stretch.text in ids:
+            encoded[number] = [ids[stretch.text]], [(0, len(stretch.text))]
+    return encoded
 
 
 def _overlaps(spans_n2: np.ndarray, learned: Spans) -> np.ndarray:

@@ -87,22 +87,25 @@ class TextTokenizer:
         encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
-    def encode_with_offsets(self, text: str, *, inner: bool = False) -> tuple[Tokens, list[tuple[int, int]]]:
-        """`encode` of one text, and the characters [start, end) that each token was made from.
+    def encode_with_offsets(
+        self, texts: Sequence[str], *, inner: bool = False
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """`encode`, with the characters [start, end) that each token was made from.
 
-        inner: it does not begin its document.
+        inner: they do not begin their document.
         """
-        encoding = (self.inner if inner else self.tokenizer).encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), encoding.offsets
+        tokenizer = self.inner if inner else self.tokenizer
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encoded]
 
-    def holds_special(self, tokens: Tokens) -> bool:
-        """True when encoded text holds a special id in spite of everything.
+    def are_special(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
+        """Where encoded text holds a special id in spite of everything.
 
         A vocabulary that lists a special string as an ordinary entry too can do that; such text is rejected.
         """
         ids = self.ids
         special = [ids.eos, ids.pad, ids.image, ids.begin_image, ids.end_image]
-        return bool(np.isin(tokens, special if ids.bos is None else [*special, ids.bos]).any())
+        return np.isin(tokens, special if ids.bos is None else [*special, ids.bos])
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)

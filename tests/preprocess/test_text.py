@@ -1,0 +1,92 @@
+"""Texts to tokens in one tokenization: what is special, what is learned, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preprocess.samples import Text
+from preprocess.text import TextError, encode_texts
+from shared.tokens import TextTokenizer, load_tokenizer
+from tests.preprocess.inputs import byte_tokenizer
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> TextTokenizer:
+    """One token per byte, the special ones behind."""
+    return load_tokenizer(byte_tokenizer(tmp_path))
+
+
+def shown(tokenizer: TextTokenizer, found: np.ndarray | TextError) -> str:
+    """Learned tokens in capitals, special ones as a dollar."""
+    assert not isinstance(found, TextError), found
+    special = tokenizer.are_special(np.where(found < 0, ~found, found))
+    words = [tokenizer.decode([int(max(token, ~token))]) for token in found]
+    marked = ["$" if is_special else word for word, is_special in zip(words, special, strict=True)]
+    return "".join(word.upper() if token >= 0 else word for word, token in zip(marked, found, strict=True))
+
+
+def test_all_is_learned_or_what_the_spans_say(tokenizer: TextTokenizer) -> None:
+    texts = [
+        Text("abc"),
+        Text("abcdef", learned=((1, 2), (4, 6))),
+        Text("abc", learned=()),
+        Text("xx<|pad|>yz", special=((2, 9),)),
+        Text("<|pad|>xy<|pad|>", learned=((8, 16),), special=((0, 7), (9, 16))),
+        Text("", learned=()),
+    ]
+    found = encode_texts(texts, tokenizer)
+    assert [shown(tokenizer, ids) for ids in found] == ["ABC", "aBcdEF", "abc", "XX$YZ", "$xY$", ""]
+    pad = tokenizer.ids.pad
+    assert found[4].tolist()[::3] == [~pad, pad]  # type: ignore[union-attr]  # no TextError, above
+    assert all(ids.dtype == np.int32 for ids in found if not isinstance(ids, TextError))
+
+
+def test_a_name_that_is_no_special_token_and_a_text_that_becomes_one_cost_their_own_text(
+    tmp_path: Path,
+) -> None:
+    directory = byte_tokenizer(tmp_path)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    # An ordinary added token plays the part of padding.
+    pad = load_tokenizer(directory).ids.pad
+    content["added_tokens"].append(
+        {**content["added_tokens"][0], "id": 262, "content": "qq", "special": False}
+    )
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "qq"}))
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.ids.pad == 262 != pad
+    texts = [
+        Text("qq"),
+        Text("aqqb", learned=()),
+        Text("ab", learned=()),
+        Text("ab", special=((0, 1), (1, 2))),
+    ]
+    texts += [Text("<|nobody|>", special=((0, 10),)), Text("qq", special=((0, 2),)), Text("c")]
+    found = encode_texts(texts, tokenizer)
+    reasons = [ids.reason if isinstance(ids, TextError) else shown(tokenizer, ids) for ids in found]
+    assert reasons == [
+        "special_token_in_text",
+        "special_token_in_text",
+        "ab",
+        "AB",  # single bytes are in the vocabulary
+        "not_a_special_token",
+        "$",
+        "C",
+    ]
+
+
+def test_a_token_across_the_border_is_learned_if_the_learned_text_reaches_into_it(shared_data: Path) -> None:
+    tokenizer = load_tokenizer(shared_data / "tokenizer-bpe8k")
+    text = "of the cat"
+    [whole] = tokenizer.encode([text])
+    pieces = [tokenizer.decode([int(token)]) for token in whole]
+    assert pieces[:2] == ["of", " the"]
+    for first, expected in ((2, 1), (3, 1), (5, 1), (6, 2), (0, 0)):
+        [found] = encode_texts([Text(text, learned=((first, len(text)),))], tokenizer)
+        assert not isinstance(found, TextError)
+        assert (np.where(found < 0, ~found, found) == whole).all() and int((found < 0).sum()) == expected
