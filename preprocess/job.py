@@ -27,6 +27,7 @@ from preprocess.progress import track
 from preprocess.scan import ScanUnit, scan_unit
 from preprocess.sources import open_source
 from preprocess.sources.base import SourceContext
+from shared.codecs import require_libraries
 from shared.config import to_toml
 from shared.dataset import MANIFEST, describe_contract, fingerprint_of
 from shared.errors import UserError
@@ -211,6 +212,7 @@ def open_job(config: PreprocessConfig) -> Generator[Job, None, None]:
     """The job of a config, ready for its passes, its output directory held by this process alone."""
     job = Job(config)
     # This reads tokenizer and inputs: what is wrong with them ends here, before anything is made.
+    require_libraries(config.codec)
     identity = job.identity
     with lock_directory(job.output, "preprocessing"):
         job.prepare(identity)

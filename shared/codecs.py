@@ -80,7 +80,7 @@ def image_encoder(
     Raises:
         UserError: a library of the codec is not installed.
     """
-    _import_libraries(codec)
+    require_libraries(codec)
     if codec == "zstd":
         return partial(_encode_zstd, geometry, zstd_level)
     if codec == "jpeg":
@@ -94,7 +94,7 @@ def image_decoder(codec: str, geometry: Geometry) -> ImageDecoder | None:
     Raises:
         UserError: a library of the codec is not installed.
     """
-    _import_libraries(codec)
+    require_libraries(codec)
     if codec == "raw":
         return None
     return ImageDecoder(geometry, partial(_decode_zstd if codec == "zstd" else _decode_jpeg, geometry))
@@ -119,7 +119,8 @@ def store_patches(patches_XP: Bytes, images: npt.NDArray[Any], encode: ImageEnco
     return np.frombuffer(b"".join(frames), np.uint8)
 
 
-def _import_libraries(codec: str) -> None:
+def require_libraries(codec: str) -> None:
+    """Import what a codec needs; UserError where that is not installed."""
     for name in LIBRARIES[codec]:
         try:
             importlib.import_module(name)
