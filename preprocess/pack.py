@@ -14,6 +14,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,9 @@ from preprocess.cost import pack_cost
 from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, load_image
 from preprocess.index import media_file, token_file
-from preprocess.inputs import read_range
+from preprocess.inputs import Read, read_ahead
 from preprocess.plan import read_shard_plan
-from preprocess.samples import STORE, TEXT, IndexSegment, Reject
+from preprocess.samples import STORE, TEXT, IndexSegment, Place, Reject
 from preprocess.stream import image_starts, token_stream
 from shared.codecs import ImageEncoder, image_encoder, store_patches
 from shared.files import atomic_path, file_checksum, write_json
@@ -69,11 +70,25 @@ class PackTask:
     def __str__(self) -> str:
         return str(self.output)
 
-    def place_of(self, piece: Piece, segment: IndexSegment) -> str:
-        """The file that holds a picture's bytes."""
-        if segment.file == STORE:
-            return str(media_file(self.index / piece.index))
-        return segment.file if is_remote(segment.file) else os.path.join(self.directory, segment.file)
+    def place_of(self, piece: Piece, segment: IndexSegment) -> Place:
+        """Where a text's tokens or a picture's bytes lie."""
+        tokens, media = _stores(self.index, piece.index)
+        if segment.kind == TEXT:
+            return Place(tokens, 4 * segment.offset, 4 * segment.tokens)
+        file = media if segment.file == STORE else segment.file
+        if not is_remote(file):
+            file = os.path.join(self.directory, file)
+        return Place(file, segment.offset, segment.size)
+
+    def places(self, pieces: Sequence[Piece]) -> list[Place]:
+        """All that a pack of these pieces reads."""
+        return [self.place_of(piece, segment) for piece in pieces for segment in piece.segments]
+
+
+@lru_cache(maxsize=4096)
+def _stores(index: Path, unit: str) -> tuple[str, str]:
+    """The files of a unit's tokens and of its pictures without a place."""
+    return str(token_file(index / unit)), str(media_file(index / unit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +151,8 @@ def pack_shard(task: PackTask) -> int:
         writer = ShardWriter(temporary, task.budget.S, task.fingerprint)
         encode = image_encoder(task.codec, task.geometry, **task.codec_settings)
         media = itertools.count()
-        for pieces in _read_plan(task.plan, task.row_group):
-            loaded = [_load_piece(piece, task, media, rejects) for piece in pieces]
+        for pieces, read in read_ahead(_read_plan(task.plan, task.row_group), task.places):
+            loaded = [_load_piece(piece, task, read, media, rejects) for piece in pieces]
             begin(NO_ITEM)
             members = [member for member in loaded if member is not None]
             if not members:
@@ -182,7 +197,7 @@ def _read_plan(path: Path, row_group: int) -> Iterator[list[Piece]]:
 
 
 def _load_piece(
-    piece: Piece, task: PackTask, media: Iterator[int], rejects: list[dict[str, Any]]
+    piece: Piece, task: PackTask, read: Read, media: Iterator[int], rejects: list[dict[str, Any]]
 ) -> PackedPiece | None:
     """Tokens and resized pictures of a piece; what is lost of it is added to `rejects`.
 
@@ -197,12 +212,12 @@ def _load_piece(
     origin = {"unit": piece.unit, "copy": piece.copy, "parts": piece.parts}
     for segment in piece.segments:
         if segment.kind == TEXT:
-            texts.append(_read_tokens(piece, segment, task))
+            texts.append(np.frombuffer(read(task.place_of(piece, segment)), "<i4"))
             segments.append(segment)
             continue
         number += 1
         try:
-            frames = _load_frames(piece, segment, task, next(media))
+            frames = _load_frames(piece, segment, task, read, next(media))
         except ImageError as error:
             dropped.append(error)
             if task.bad_media[piece.source] == "reject":
@@ -237,21 +252,19 @@ def _packed_piece(
     return PackedPiece(piece, tokens[:length], labels[:length], images, [start + 1 for start in starts])
 
 
-def _read_tokens(piece: Piece, segment: IndexSegment, task: PackTask) -> Tokens:
-    data = read_range(str(token_file(task.index / piece.index)), 4 * segment.offset, 4 * segment.tokens)
-    return np.frombuffer(data, "<i4")
-
-
-def _load_frames(piece: Piece, segment: IndexSegment, task: PackTask, number: int) -> npt.NDArray[np.uint8]:
+def _load_frames(
+    piece: Piece, segment: IndexSegment, task: PackTask, read: Read, number: int
+) -> npt.NDArray[np.uint8]:
     """The picture as frames of a temporal patch: a still one fills all of them.
 
     Raises:
         ImageError: it cannot be decoded, or killed a worker.
     """
-    begin(number)
     if detail := task.crashed.get(number):
         raise ImageError("crashed", detail)
-    data = read_range(task.place_of(piece, segment), segment.offset, segment.size)
+    begin(NO_ITEM)  # a store may take its time
+    data = read(task.place_of(piece, segment))
+    begin(number)
     frame = load_image(
         data,
         size=(segment.height, segment.width),
