@@ -46,71 +46,92 @@ def _checked(ids: Tokens, text: str, tokenizer: TextTokenizer) -> Tokens | TextE
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Characters from `start` on of one of several texts: a special token, or what lies between two."""
+    """Characters from `start` on of text `number`: a special token, or what lies between two.
+
+    learned: all of it, nothing, or, with None, a part.
+    """
 
     number: int
     start: int
     text: str
     special: bool
     inner: bool
+    learned: bool | None
 
 
 def _encode_marked(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Tokens | TextError]:
-    """Texts with spans: all stretches of all texts in one call, each token with the characters it was made from."""
+    """Texts with spans. All stretches of all texts are tokenized in one go."""
     stretches = [stretch for number, text in enumerate(texts) for stretch in _stretches(number, text)]
-    encoded = _encode_stretches(stretches, tokenizer)
-    lengths = np.array([len(ids) for ids, _ in encoded], np.int64)
+    encoded, unknown = _encode_stretches(stretches, tokenizer)
+    lengths = [len(ids) for ids, _ in encoded]
+    borders = np.cumsum([0, *lengths])
     ids = np.array([number for numbers, _ in encoded for number in numbers], np.int32)
-    spans_n2 = np.array([span for _, offsets in encoded for span in offsets], np.int64).reshape(-1, 2)
-    spans_n2 += np.repeat(np.array([stretch.start for stretch in stretches], np.int64), lengths)[:, None]
     owners = np.repeat(np.array([stretch.number for stretch in stretches], np.int64), lengths)
-    from_text = ~np.repeat(np.array([stretch.special for stretch in stretches], bool), lengths)
-    wrong = set(owners[from_text & tokenizer.are_special(ids)].tolist())
-    unknown = {
-        s.number: s.text for s, (found, _) in zip(stretches, encoded, strict=True) if s.special and not found
-    }
-    borders = np.searchsorted(owners, np.arange(len(texts) + 1)).tolist()
+    special = np.repeat(np.array([stretch.special for stretch in stretches], bool), lengths)
+    learned = np.repeat(np.array([stretch.learned is True for stretch in stretches], bool), lengths)
+    for number, (stretch, (_, offsets)) in enumerate(zip(stretches, encoded, strict=True)):
+        if stretch.learned is None:
+            spans_n2 = np.array(offsets, np.int64).reshape(-1, 2) + stretch.start
+            within = texts[stretch.number].learned or ()
+            learned[borders[number] : borders[number + 1]] = _overlaps(spans_n2, within)
+    wrong = set(owners[~special & tokenizer.are_special(ids)].tolist())
+    values = np.split(np.where(learned, ids, ~ids), np.searchsorted(owners, np.arange(1, len(texts))))
     result: list[Tokens | TextError] = []
     for number, text in enumerate(texts):
-        here = slice(borders[number], borders[number + 1])
         if number in unknown:
             result.append(TextError("not_a_special_token", f"{unknown[number]!r} is not in the vocabulary"))
         elif number in wrong:
             result.append(TextError("special_token_in_text", f"text {text.text[:60]!r}"))
-        elif text.learned is None:
-            result.append(ids[here])
         else:
-            result.append(np.where(_overlaps(spans_n2[here], text.learned), ids[here], ~ids[here]))
+            result.append(values[number])
     return result
 
 
 def _stretches(number: int, text: Text) -> Iterator[_Stretch]:
     position = 0
     for start, end in (*text.special, (len(text.text), len(text.text))):
-        if position < start:
-            inner = text.inner or position > 0
-            yield _Stretch(number, position, text.text[position:start], special=False, inner=inner)
-        if start < end:
-            yield _Stretch(number, start, text.text[start:end], special=True, inner=True)
+        for first, last, special in ((position, start, False), (start, end, True)):
+            if first < last:
+                learned = _learned(text.learned, first, last)
+                inner = text.inner or first > 0
+                yield _Stretch(number, first, text.text[first:last], special, inner, learned)
         position = end
+
+
+def _learned(learned: Spans | None, first: int, last: int) -> bool | None:
+    """Whether the characters [first, last) are learned; None where only a part is."""
+    if learned is None:
+        return True
+    length = sum(max(0, min(end, last) - max(start, first)) for start, end in learned)
+    return length == last - first if length in (0, last - first) else None
+
+
+Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
 def _encode_stretches(
     stretches: Sequence[_Stretch], tokenizer: TextTokenizer
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Ids and offsets of each; a special token that there is not has none."""
-    encoded: list[tuple[list[int], list[tuple[int, int]]]] = [([], [])] * len(stretches)
-    for inner in (False, True):
-        chosen = [n for n, s in enumerate(stretches) if not s.special and s.inner == inner]
-        found = tokenizer.encode_with_offsets([stretches[n].text for n in chosen], inner=inner)
-        for number, pair in zip(chosen, found, strict=True):
-            encoded[number] = pair
-    names = {stretch.text for stretch in stretches if stretch.special}
-    ids = {name: number for name in names if (number := tokenizer.tokenizer.token_to_id(name)) is not None}
+) -> tuple[list[Encoded], dict[int, str]]:
+    """Ids of each, with offsets where a part is learned; by text, what it wrongly takes for a special token."""
+    encoded: list[Encoded] = [([], [])] * len(stretches)
+    unknown: dict[int, str] = {}
+    groups: dict[tuple[bool, bool], list[int]] = {}
     for number, stretch in enumerate(stretches):
-        if stretch.special and stretch.text in ids:
-            encoded[number] = [ids[stretch.text]], [(0, len(stretch.text))]
-    return encoded
+        if not stretch.special:
+            groups.setdefault((stretch.inner, stretch.learned is None), []).append(number)
+        elif (identifier := tokenizer.tokenizer.token_to_id(stretch.text)) is None:
+            unknown[stretch.number] = stretch.text
+        else:
+            encoded[number] = [identifier], [(0, len(stretch.text))]
+    for (inner, partly), numbers in groups.items():
+        texts = [stretches[number].text for number in numbers]
+        if partly:
+            found = tokenizer.encode_with_offsets(texts, inner=inner)
+        else:
+            found = [(ids.tolist(), []) for ids in tokenizer.encode(texts, inner=inner)]
+        for number, pair in zip(numbers, found, strict=True):
+            encoded[number] = pair
+    return encoded, unknown
 
 
 def _overlaps(spans_n2: np.ndarray, learned: Spans) -> np.ndarray:

@@ -82,18 +82,19 @@ class TextTokenizer:
     inner: Tokenizer
     ids: TokenIds
 
-    def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """int32 ids of each text, without begin or end tokens; a special token's name in it stays text."""
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    def encode(self, texts: Sequence[str], *, inner: bool = False) -> list[Tokens]:
+        """int32 ids of each text, without begin or end tokens; a special token's name in it stays text.
+
+        inner: the texts do not begin their document.
+        """
+        tokenizer = self.inner if inner else self.tokenizer
+        encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
     def encode_with_offsets(
         self, texts: Sequence[str], *, inner: bool = False
     ) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """`encode`, with the characters [start, end) that each token was made from.
-
-        inner: they do not begin their document.
-        """
+        """`encode`, with the characters [start, end) that each token was made from."""
         tokenizer = self.inner if inner else self.tokenizer
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encoded]

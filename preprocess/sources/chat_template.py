@@ -37,7 +37,7 @@ class TemplateError(ValueError):
     """The template does not render these messages; the message is its own where it raises one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class ChatTemplate:
     """A compiled template.
 

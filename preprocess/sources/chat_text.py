@@ -15,9 +15,10 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from preprocess.samples import Text
 from preprocess.sources.chat_template import (
@@ -46,7 +47,7 @@ _WHITE = (
 _SWALLOWED = re.compile(f"[{_WHITE}]*")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Specials:
     """The tokenizer's special tokens. lstrip, rstrip: those that swallow the white space before or behind them.
 
@@ -79,15 +80,37 @@ def specials_of(tokenizer: TextTokenizer) -> Specials:
 
 
 @dataclass(frozen=True, slots=True)
-class Rendering:
-    """text: without marks of generation. template: what of it is the template's own; contents: the rest, in the
+class Piece:
+    """What the template writes between two texts. shown: with the marks of generation, text: without.
 
-    order of the text, with the number of the turn. generated: what the template says the assistant generates.
+    special, marks: spans of special tokens and places of the marks in `text`.
+    """
+
+    shown: str
+    text: str
+    special: tuple[Span, ...]
+    marks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A rendering without its texts: they stand between the pieces, `order` says which turn's."""
+
+    pieces: tuple[Piece, ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A rendering without marks.
+
+    contents: the texts in their order, each with the number of its turn. special: the template's special tokens.
+    generated: what the template says that the assistant generates.
     """
 
     text: str
-    template: list[Span]
     contents: list[tuple[Span, int]]
+    special: list[Span]
     generated: list[Span]
 
 
@@ -101,56 +124,72 @@ def chat_texts(
     """
     rendering = render_conversation(conversation, template, specials)
     turns = conversation.turns
-    special = [
-        match.span()
-        for start, end in rendering.template
-        for match in specials.pattern.finditer(rendering.text, start, end)
-    ]
-    if wrong := {rendering.text[start:end] for start, end in special} & specials.reserved:
-        raise ChatError("template_writes_reserved_token", ", ".join(sorted(wrong)))
-    if template.marks_generation:
-        learned = _generated(rendering, turns, learn)
-    else:
-        learned = _answers(rendering, turns, special, learn)
-    removed = _removed(rendering, special, specials)
+    first = 0
+    if learn == "last":
+        first = 1 + max((n for n, turn in enumerate(turns) if turn.role != "assistant"), default=-1)
+    learned = _generated(rendering, first) if template.marks_generation else _answers(rendering, turns, first)
+    removed = _removed(rendering, specials)
     text, moved = _without(rendering.text, removed)
-    texts = _cut(text, list(map(moved, learned)), list(map(moved, special)))
     # A text whose begin of text was the template's own is tokenized as what follows it.
     begun = bool(removed) and removed[0][0] == 0
-    texts = [replace(text, inner=n > 0 or begun) for n, text in enumerate(texts)]
+    texts = _cut(text, list(map(moved, learned)), list(map(moved, rendering.special)), begun)
     return texts, [number for _, turn in rendering.contents for number in turns[turn].pictures]
 
 
 def render_conversation(conversation: Conversation, template: ChatTemplate, specials: Specials) -> Rendering:
-    """Render twice, and take the first apart by what the second shows to be the template's own.
+    """Render, and take it apart by what the rendering without the texts shows to be the template's own.
 
     Raises:
         ChatError: the template refuses it, or shows a text not once and as it is (or without white space around).
     """
-    turns = conversation.turns
-    _check_extras(conversation, template, specials)
-    # White space alone may be left out by a condition, or stripped away: it is rendered as it is both times.
-    marked = [
-        turn.text if not turn.text.strip() else f"{CONTENT}{n}{CONTENT_END}" for n, turn in enumerate(turns)
-    ]
+    turns, tools = conversation.turns, conversation.tools
+    # White space alone may be left out by a condition, or stripped away: it stays what it is in the outline.
+    shape = tuple((turn.role, None if turn.text.strip() else turn.text) for turn in turns)
+    messages = [{"role": turn.role, "content": template.content(turn.text), **turn.extras} for turn in turns]
     try:
-        real = template.render(_messages(turns, [turn.text for turn in turns], template), conversation.tools)
-        bare = template.render(_messages(turns, marked, template), conversation.tools)
+        real = template.render(messages, tools)
+        if tools is None and not any(turn.extras for turn in turns):
+            outline = _plain_outline(shape, template, specials)
+        else:
+            _check_extras(conversation, template, specials)
+            outline = _outline(shape, [turn.extras for turn in turns], tools, template, specials)
     except TemplateError as error:
         raise ChatError("template_refuses", str(error)[:500]) from None
-    pieces = _SENTINEL.split(bare)
-    order = [int(number) for number in pieces[1::2]]
-    for number, turn in enumerate(turns):
-        if turn.text.strip() and (shown := order.count(number)) != 1:
-            raise ChatError("template_changes_content", f"turn {number} ({turn.role}) is shown {shown} times")
-    return _rendering(pieces[::2], _as_shown(real, pieces[::2], order, turns), order)
+    return _rendering(outline, _as_shown(real, outline, turns))
 
 
-def _messages(turns: Sequence[Turn], texts: Sequence[str], template: ChatTemplate) -> list[Message]:
-    return [
-        {"role": turn.role, "content": template.content(text), **turn.extras}
-        for turn, text in zip(turns, texts, strict=True)
-    ]
+Shape = tuple[tuple[str, str | None], ...]
+
+
+# Most conversations of a data set have the roles of many others: all that depends on them alone is kept.
+@lru_cache(maxsize=4096)
+def _plain_outline(shape: Shape, template: ChatTemplate, specials: Specials) -> Outline:
+    return _outline(shape, [{}] * len(shape), None, template, specials)
+
+
+def _outline(
+    shape: Shape, extras: Sequence[dict[str, Any]], tools: Any, template: ChatTemplate, specials: Specials
+) -> Outline:
+    """Render with CONTENT n CONTENT_END in place of the n-th text."""
+    messages: list[Message] = []
+    for number, ((role, blank), more) in enumerate(zip(shape, extras, strict=True)):
+        text = f"{CONTENT}{number}{CONTENT_END}" if blank is None else blank
+        messages.append({"role": role, "content": template.content(text), **more})
+    pieces = _SENTINEL.split(template.render(messages, tools))
+    order = tuple(map(int, pieces[1::2]))
+    for number, (role, blank) in enumerate(shape):
+        if blank is None and (times := order.count(number)) != 1:
+            raise ChatError("template_changes_content", f"turn {number} ({role}) is shown {times} times")
+    return Outline(tuple(_piece(piece, specials) for piece in pieces[::2]), order)
+
+
+def _piece(shown: str, specials: Specials) -> Piece:
+    stretches = _GENERATION.split(shown)
+    text = "".join(stretches)
+    special = tuple(match.span() for match in specials.pattern.finditer(text))
+    if wrong := {text[start:end] for start, end in special} & specials.reserved:
+        raise ChatError("template_writes_reserved_token", ", ".join(sorted(wrong)))
+    return Piece(shown, text, special, tuple(accumulate(map(len, stretches[:-1]))))
 
 
 def _check_extras(conversation: Conversation, template: ChatTemplate, specials: Specials) -> None:
@@ -171,23 +210,27 @@ def _check_extras(conversation: Conversation, template: ChatTemplate, specials: 
         raise ChatError("special_token_in_fields", f"{found.group()!r} in tools, tool calls or names")
 
 
-def _as_shown(real: str, pieces: Sequence[str], order: Sequence[int], turns: Sequence[Turn]) -> list[str]:
+def _as_shown(real: str, outline: Outline, turns: Sequence[Turn]) -> list[str]:
     """The texts as the real rendering has them: piece, text, piece, text, .. piece."""
-    shown: list[str] = []
-    position = len(pieces[0])
-    if not real.startswith(pieces[0]):
+    first, *pieces = outline.pieces
+    if not real.startswith(first.shown):
         raise ChatError("template_changes_content", "what it writes at the start depends on the texts")
-    for number, piece in zip(order, pieces[1:], strict=True):
-        turn = turns[number]
-        text = next((text for text in _variants(turn.text) if real.startswith(text + piece, position)), None)
-        if text is None:
-            found = f"turn {number} ({turn.role}) is not shown as it is: {real[position:][:60]!r}"
-            raise ChatError("template_changes_content", found)
-        shown.append(text)
-        position += len(text) + len(piece)
+    texts: list[str] = []
+    position = len(first.shown)
+    for number, piece in zip(outline.order, pieces, strict=True):
+        text = turns[number].text
+        if not real.startswith(text + piece.shown, position):
+            variants = (v for v in _variants(text) if real.startswith(v + piece.shown, position))
+            if (text := next(variants, None)) is None:
+                found = (
+                    f"turn {number} ({turns[number].role}) is not shown as it is: {real[position:][:60]!r}"
+                )
+                raise ChatError("template_changes_content", found)
+        texts.append(text)
+        position += len(text) + len(piece.shown)
     if position != len(real):
         raise ChatError("template_changes_content", f"the texts make it write more: {real[position:][:60]!r}")
-    return shown
+    return texts
 
 
 def _variants(text: str) -> list[str]:
@@ -197,52 +240,44 @@ def _variants(text: str) -> list[str]:
     return sorted(variants, key=len, reverse=True)
 
 
-def _rendering(pieces: Sequence[str], shown: Sequence[str], order: Sequence[int]) -> Rendering:
-    """The text without the marks of generation, and the places in it."""
+def _rendering(outline: Outline, texts: Sequence[str]) -> Rendering:
+    """Pieces and texts put together, and the places in the whole."""
     kept: list[str] = []
-    template: list[Span] = []
     contents: list[tuple[Span, int]] = []
+    special: list[Span] = []
     marks: list[int] = []
     length = 0
-    for number, piece in enumerate(pieces):
-        stretches = _GENERATION.split(piece)
-        ends = list(accumulate(map(len, stretches), initial=length))
-        marks += ends[1:-1]
-        template.append((length, ends[-1]))
-        kept += stretches
-        length = ends[-1]
-        if number < len(shown):
-            contents.append(((length, length + len(shown[number])), order[number]))
-            kept.append(shown[number])
-            length += len(shown[number])
+    for piece, text, number in zip(outline.pieces, (*texts, ""), (*outline.order, -1), strict=True):
+        special += [(start + length, end + length) for start, end in piece.special]
+        marks += [mark + length for mark in piece.marks]
+        length += len(piece.text)
+        contents.append(((length, length + len(text)), number))
+        length += len(text)
+        kept += (piece.text, text)
     generated = list(zip(marks[::2], marks[1::2], strict=True))
-    return Rendering("".join(kept), template, contents, generated)
+    return Rendering("".join(kept), contents[:-1], special, generated)
 
 
-def _answers(
-    rendering: Rendering, turns: Sequence[Turn], special: Sequence[Span], learn: Literal["all", "last"]
-) -> list[Span]:
-    """The texts of the assistant, each with the special token behind it."""
-    last = max(number for number, turn in enumerate(turns) if turn.role == "assistant")
-    ends = dict(special)
+def _answers(rendering: Rendering, turns: Sequence[Turn], first: int) -> list[Span]:
+    """The texts of the assistant from turn `first` on, each with the special token behind it."""
+    ends = dict(rendering.special)
     learned: list[Span] = []
     for (start, end), number in rendering.contents:
-        if turns[number].role == "assistant" and (learn == "all" or number == last):
+        if turns[number].role == "assistant" and number >= first:
             behind = _SPACE.match(rendering.text, end)
             learned.append((start, ends.get(behind.end(), end) if behind else end))
     return learned
 
 
-def _generated(rendering: Rendering, turns: Sequence[Turn], learn: Literal["all", "last"]) -> list[Span]:
-    """What the template says; of it, the last turn is all behind the last text that is not the assistant's."""
-    others = [end for (_, end), number in rendering.contents if turns[number].role != "assistant"]
-    first = max(others, default=0) if learn == "last" else 0
-    return [span for span in rendering.generated if span[0] >= first]
+def _generated(rendering: Rendering, first: int) -> list[Span]:
+    """What the template says is generated, behind the last text before turn `first`."""
+    before = max(((number, end) for (_, end), number in rendering.contents if number < first), default=(0, 0))
+    return [span for span in rendering.generated if span[0] >= before[1]]
 
 
-def _removed(rendering: Rendering, special: Sequence[Span], specials: Specials) -> list[Span]:
+def _removed(rendering: Rendering, specials: Specials) -> list[Span]:
     """What the stream writes itself, and the white space that special tokens swallow; sorted, disjoint."""
-    text = rendering.text
+    text, special = rendering.text, rendering.special
     removed: list[Span] = []
     before = 0
     for start, end in special:
@@ -282,16 +317,24 @@ def _without(text: str, removed: Sequence[Span]) -> tuple[str, Callable[[Span], 
     return kept, lambda span: (moved(span[0]), moved(span[1]))
 
 
-def _cut(text: str, learned: Sequence[Span], special: Sequence[Span]) -> list[Text]:
-    """Texts between the pictures, spans from the start of each."""
+def _cut(text: str, learned: Sequence[Span], special: Sequence[Span], begun: bool) -> list[Text]:
+    """Texts between the pictures, spans from the start of each. `begun`: something precedes the first."""
     borders = [-1, *(match.start() for match in re.finditer(PICTURE, text)), len(text)]
-    texts: list[Text] = []
-    for first, last in pairwise(borders):
-        first += 1
+    return [
+        Text(
+            text[before + 1 : end],
+            _within(learned, before + 1, end),
+            _within(special, before + 1, end),
+            inner=begun or before >= 0,
+        )
+        for before, end in pairwise(borders)
+    ]
 
-        def inside(spans: Sequence[Span], first: int = first, last: int = last) -> tuple[Span, ...]:
-            clipped = ((max(start, first) - first, min(end, last) - first) for start, end in spans)
-            return tuple(span for span in clipped if span[0] < span[1])
 
-        texts.append(Text(text[first:last], inside(learned), inside(special)))
-    return texts
+def _within(spans: Sequence[Span], first: int, last: int) -> tuple[Span, ...]:
+    """What of the spans lies in [first, last), counted from there."""
+    return tuple(
+        (max(start, first) - first, min(end, last) - first)
+        for start, end in spans
+        if max(start, first) < min(end, last)
+    )
