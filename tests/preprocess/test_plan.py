@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from preprocess.samples import IMAGE, TEXT
+from preprocess.samples import IMAGE, TEXT, IndexSegment
+from preprocess.stream import split_sample
 from shared.geometry import Budget
 from tests.preprocess.inputs import BUDGET, GEOMETRY
-from tests.preprocess.planning import Planned, Segment, captioned, image, patches_of, plan, run, text
+from tests.preprocess.planning import IDS, Planned, Segment, captioned, image, patches_of, plan, run, text
 
 
 def test_every_sample_is_in_one_pack_and_no_budget_is_broken(tmp_path: Path) -> None:
@@ -276,3 +277,43 @@ def test_a_validation_split_of_few_samples_is_packed_together(tmp_path: Path) ->
     # 24 +- 5 samples out of four files and 16 windows of training samples.
     assert len({piece["window"] for piece in planned.pieces}) == 17 and 12 <= sum(map(len, packs)) <= 60
     assert used / (len(packs) * BUDGET.S) > 0.75
+
+
+def test_every_piece_carries_its_own_segments_and_pictures(tmp_path: Path) -> None:
+    # Keys tell the tokens of their text: cut ones lie between whole ones in the files.
+    lengths = {f"{n:03d}": 150 + n if n % 7 == 0 else 1 + n % 50 for n in range(200)}
+    samples = {key: [image(2, 4), text(count)] for key, count in lengths.items()}
+    planned = plan(tmp_path, {"web": samples}, window=70)
+    texts: Counter[str] = Counter()
+    for piece in planned.pieces:
+        images, own = patches_of(piece), [s["tokens"] for s in piece["segments"] if s["kind"] == TEXT]
+        assert images == ([8] if piece["part"] == 0 else []) and len(piece["rows"]) == len(images)
+        assert piece["length"] == 1 + 4 + lengths[piece["key"]] + 1
+        # A text token behind the end comes along as the last label.
+        following = int(0 < piece["end"] < piece["length"] - 1)
+        texts[piece["key"]] += sum(own) - following
+    assert texts == lengths
+
+
+@pytest.mark.parametrize("images_per_row", [0, 2])
+def test_samples_taken_as_whole_without_placing_their_images_are_those_that_fit(
+    tmp_path: Path, images_per_row: int
+) -> None:
+    rng = np.random.default_rng(1)
+    budget = Budget(S=64, N=2, L=40)
+    samples: dict[str, list[Segment]] = {}
+    for n in range(400):
+        sides = 2 * rng.integers(1, 4, (int(rng.integers(0, 9)), 2))
+        samples[f"{n}"] = [text(int(rng.integers(1, 20))), *(image(int(h), int(w)) for h, w in sides)]
+    planned = plan(tmp_path, {"web": samples}, budget, images_per_row=images_per_row)
+    parts = {piece["key"]: piece["parts"] for piece in planned.pieces}
+    for key, sample in samples.items():
+        segments = [
+            IndexSegment(IMAGE, "", 0, 0, h * w // 4 + 2, 1, 1, 1, h, w)
+            if h
+            else IndexSegment(TEXT, "", 0, 0, count)
+            for count, h, w in sample
+        ]
+        expected = split_sample(segments, IDS, budget, images_per_row)
+        assert parts[key] == len(expected), sample
+    assert 50 < sum(count > 1 for count in parts.values()) < 350

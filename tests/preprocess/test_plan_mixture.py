@@ -34,6 +34,17 @@ def test_a_repeat_uses_every_sample_so_often_and_a_fraction_of_them_once_more(tm
     assert planned.rejects == []
 
 
+def test_a_repeated_document_that_is_cut_is_one_sample_in_every_use(tmp_path: Path) -> None:
+    # bos + 198 + eos = 200 tokens: four parts.
+    planned = plan(
+        tmp_path, {"web": {"long": [text(198)], "short": [text(9)]}}, rules={"web": {"repeat": 3.0}}
+    )
+    kinds = ("whole", "split", "parts", "repeated")
+    assert planned.counts("web", *kinds) == (3, 3, 12, 4)
+    copies = Counter((p["key"], p["copy"]) for p in planned.pieces)
+    assert copies == {(key, n): parts for key, parts in (("long", 4), ("short", 1)) for n in range(3)}
+
+
 def test_no_pack_holds_two_copies_of_a_sample_and_copies_go_to_different_windows(tmp_path: Path) -> None:
     samples = {"web": texts(40), "few": texts(3)}
     rules = {"web": {"repeat": 1.5}, "few": {"repeat": 7.0}}
