@@ -21,8 +21,9 @@ MAX_BLOB_BYTES = 1 << 31
 class ImageLimits:
     """What is not decoded, judged from the header and the size of the file."""
 
-    # A worker of 225 MB takes 7 to 18 bytes more per pixel while it decodes (measured at 100 megapixels: PNG and
-    # JPEG 7 to 10, WebP 16, JPEG 2000 18), so that 64 megapixels keep it below 1.5 GB beside its pack.
+    # A worker of 260 MB takes 3 to 16 bytes more per pixel while it decodes, most for WebP, so that 64 megapixels
+    # keep it below 1.3 GB beside its pack. JPEG 2000 takes 24 and may have two thirds of the pixels
+    # (benchmarks/image_memory.py).
     max_pixels: int = 64_000_000
     max_bytes: int = 64 << 20
     # Sides in pixels. The longest is what JPEG can hold; how small is too small, the data set has to say.
