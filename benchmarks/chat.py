@@ -20,8 +20,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from preprocess.sources.chat_rendering import specials_of
 from preprocess.sources.chat_template import load_template
-from preprocess.sources.chat_text import chat_texts, specials_of
+from preprocess.sources.chat_text import chat_texts
 from preprocess.sources.chat_turns import ROLES, read_conversation
 from preprocess.text import encode_texts
 from shared.tokens import load_tokenizer

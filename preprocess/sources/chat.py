@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from preprocess.samples import RawSample, Reject, Segment, Text
 from preprocess.sources.base import SourceConfig, SourceContext
+from preprocess.sources.chat_rendering import specials_of
 from preprocess.sources.chat_template import load_template
-from preprocess.sources.chat_text import chat_texts, specials_of
+from preprocess.sources.chat_text import chat_texts
 from preprocess.sources.chat_turns import ChatError, read_conversation
 from preprocess.sources.pictures import picture
 from preprocess.sources.records import keyed_records

@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
+from preprocess.sources.chat_rendering import Specials, specials_of
 from preprocess.sources.chat_template import ChatTemplate, load_template
-from preprocess.sources.chat_text import Specials, specials_of
 from preprocess.synthetic import train_tokenizer
 from shared.tokens import TextTokenizer, TokenNames, load_tokenizer
 

@@ -125,6 +125,12 @@ def test_a_template_of_plain_words_learns_the_answer_alone(tmp_path: Path) -> No
     assert learned_of(text) == ["Hello.", "B"] and special_of(text) == []
 
 
+def test_a_begin_of_text_behind_an_answer_does_not_end_it(tmp_path: Path) -> None:
+    unended = "{% for m in messages %}{{ bos_token if m.role == 'user' }}{{ m.content }}{% endfor %}"
+    [text], _ = texts_of(open_style(tmp_path / "t", Style(unended, ())), messages("a", "b", "c", "d"))
+    assert text.text == "ab<|begin_of_text|>cd" and learned_of(text) == ["b", "d"]
+
+
 def test_generation_blocks_are_learned_exactly(opened: dict[str, Opened]) -> None:
     turns: list[Any] = messages("Hi", "Hello.", "Think", "Yes.")
     turns[3]["reasoning_content"] = "Hm."
