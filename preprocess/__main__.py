@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from preprocess.config import PreprocessConfig
+from preprocess.download import download_dataset, open_anywhere
 from preprocess.inspect import describe_pack, find_sample, pack_record
 from preprocess.report.stats import print_report
 from preprocess.verify import verify_dataset
 from shared.config import load_config
-from shared.dataset import open_dataset
+from shared.dataset import DataSet
 from shared.errors import UserError, closest
 from shared.files import existing, read_json
+from shared.remote import StoreError, as_path, is_remote
 
 if TYPE_CHECKING:
     from preprocess.job import Job
@@ -36,6 +38,7 @@ USAGE = """usage: python -m preprocess COMMAND ...
   verify DATASET                         prove every pack of a finished data set
   inspect DATASET --pack 3               what is in a pack, and where its bytes lie (--split validation)
   inspect DATASET --sample KEY           where a sample went, or why it was rejected (--source NAME)
+  download URI DIRECTORY                 a finished data set from a store, checked; goes on where it stopped
   fetch  CONFIG.toml [--key value ...]   tables of URLs -> tars or documents that `run` reads (--shard 3/16: a slice)
   synthesize DIRECTORY [--key value ...] a small captioned data set of shapes, and its tokenizer
 
@@ -53,6 +56,7 @@ def main(arguments: list[str]) -> int:
         "report": _report,
         "verify": _verify,
         "inspect": _inspect,
+        "download": _download,
         "fetch": _fetch,
         "synthesize": _synthesize,
     }
@@ -67,6 +71,12 @@ def main(arguments: list[str]) -> int:
         return commands[words[0]](words[1:], as_json)
     except UserError as error:
         print(f"preprocess: {error}", file=sys.stderr)
+        return 2
+    except StoreError as error:
+        print(
+            f"preprocess: {error.filename}: {error.strerror}; try again when the store answers",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("preprocess: interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -92,7 +102,7 @@ def _config(words: list[str]) -> PreprocessConfig:
 def _dataset(words: list[str]) -> Path:
     if len(words) != 1:
         raise UserError(f"expected one argument, the data set's directory; got {len(words)}")
-    return Path(words[0])
+    return as_path(words[0])
 
 
 def _run(words: list[str], as_json: bool) -> int:
@@ -175,8 +185,12 @@ def _verify(words: list[str], as_json: bool) -> int:
 
 
 def _inspect(words: list[str], as_json: bool) -> int:
-    dataset = open_dataset(_dataset(words[:1]))
     options = load_config(InspectOptions, None, words[1:])
+    with open_anywhere(_dataset(words[:1])) as dataset:
+        return _show(dataset, options, as_json)
+
+
+def _show(dataset: DataSet, options: InspectOptions, as_json: bool) -> int:
     if options.sample:
         places, rejects = find_sample(dataset, options.sample, options.source)
     else:
@@ -189,6 +203,14 @@ def _inspect(words: list[str], as_json: bool) -> int:
         print("\n".join(describe_pack(record, dataset, options.sample)))
     for reject in rejects:
         print(f"rejected: {reject['source']} {reject['key']}: {reject['reason']} ({reject['detail']})")
+    return 0
+
+
+def _download(words: list[str], as_json: bool) -> int:
+    if len(words) != 2 or is_remote(words[1]):
+        raise UserError("expected two arguments, a data set's URI and a directory of this machine")
+    counts = download_dataset(as_path(words[0]), Path(words[1]))
+    _say({"dataset": words[1], **counts}, as_json)
     return 0
 
 

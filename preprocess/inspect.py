@@ -49,7 +49,7 @@ def find_sample(dataset: DataSet, key: str, source: str = "") -> tuple[list[tupl
 def _keys_of_packs(dataset: DataSet, split: str) -> Iterator[list[tuple[str, str]]]:
     """(source, key) of the documents of every pack of a split."""
     for shard in (entry for entry in dataset.shards if entry.split == split):
-        table = read_table(dataset.path / "shards" / shard.name, mend=MEND, columns=["documents"])
+        table = read_table(dataset.shard_path(shard), mend=MEND, columns=["documents"])
         lists: pa.ListArray = table["documents"].combine_chunks()
         fields = lists.flatten()
         pairs = list(zip(fields.field("source").to_pylist(), fields.field("key").to_pylist(), strict=True))

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.dataset import DataSet, ShardEntry, open_dataset
+from preprocess.download import open_anywhere
+from shared.dataset import DataSet, ShardEntry
 from shared.errors import UserError
 from shared.files import file_checksum
 from shared.schema import IGNORE_LABEL, Document, Pack
@@ -26,10 +27,14 @@ def verify_dataset(path: Path) -> tuple[dict[str, int], list[str]]:
     Raises:
         UserError: the data set cannot be opened at all.
     """
-    dataset = open_dataset(path)
+    with open_anywhere(path) as dataset:
+        return _verify(dataset)
+
+
+def _verify(dataset: DataSet) -> tuple[dict[str, int], list[str]]:
     if not isinstance(dataset.manifest.get("unlearned_tokens"), dict):
         raise UserError(
-            f"{path}: unlearned_tokens in dataset.json is no table; preprocess the data set again"
+            f"{dataset.path}: unlearned_tokens in dataset.json is no table; preprocess the data set again"
         )
     counts = {"shards": 0, "packs": 0, "documents": 0, "images": 0, "labels": 0, "bytes": 0}
     by_source: Counter[str] = Counter()
@@ -49,7 +54,7 @@ def verify_dataset(path: Path) -> tuple[dict[str, int], list[str]]:
 def _verify_shard(
     dataset: DataSet, shard: ShardEntry, counts: dict[str, int], by_source: Counter[str]
 ) -> Iterator[str]:
-    path = dataset.path / "shards" / shard.name
+    path = dataset.shard_path(shard)
     damaged = True
     if not path.is_file():
         yield "is missing"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from shared.codecs import CODECS, ImageDecoder, image_decoder
 from shared.errors import UserError, closest
 from shared.files import canonical_json, read_json, sha256
 from shared.geometry import PATCH_ORDER, Budget, Geometry
+from shared.remote import is_remote, shown
 from shared.schema import FORMAT_VERSION, Document, Pack
 from shared.shard_reader import ShardReader
 from shared.tokens import TokenIds
@@ -72,8 +74,10 @@ class DataSet:
     A pack of a split is numbered 0 .. num_packs(split) - 1 across that split's shards, in manifest order.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], fetch: Callable[[ShardEntry], None] | None = None
+    ) -> None:
+        self.path, self._fetch = path, fetch
         self.manifest = manifest
         try:
             self.fingerprint: str = manifest["fingerprint"]
@@ -130,7 +134,7 @@ class DataSet:
 
     def reader(self, shard: ShardEntry) -> ShardReader:
         if shard.name not in self._readers:
-            path = self.path / "shards" / shard.name
+            path = self.shard_path(shard)
             reader = ShardReader(path, self.geometry.values_per_patch, self._decoder)
             if reader.fingerprint != self.fingerprint or len(reader) != shard.packs:
                 raise UserError(
@@ -139,6 +143,14 @@ class DataSet:
                 )
             self._readers[shard.name] = reader
         return self._readers[shard.name]
+
+    def shard_path(self, shard: ShardEntry) -> Path:
+        """The file of a shard. Where shards are fetched, it takes the place of the one before."""
+        path = self.path / "shards" / shard.name
+        if self._fetch is not None and not path.exists():
+            self._readers.clear()
+            self._fetch(shard)
+        return path
 
     def _split(self, split: str) -> tuple[list[int], list[ShardEntry]]:
         if split not in self._by_split:
@@ -156,12 +168,17 @@ class DataSet:
         return groups
 
 
-def open_dataset(path: Path | str) -> DataSet:
-    """Open a finished data set.
+def open_dataset(path: Path | str, fetch: Callable[[ShardEntry], None] | None = None) -> DataSet:
+    """Open a finished data set; `fetch` brings a shard that is not there yet.
 
     Raises:
         UserError: the directory is missing, not complete, of another format version, or was edited.
     """
+    if is_remote(path):
+        raise UserError(
+            f"data set {shown(path)}: shards are mapped, which takes files of this machine; copy it with "
+            f"`python -m preprocess download {shown(path)} DIRECTORY` and name the copy"
+        )
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"data set {directory}: no such directory; make it with `python -m preprocess run`")
@@ -176,7 +193,7 @@ def open_dataset(path: Path | str) -> DataSet:
         raise UserError(
             f"data set {directory}: format version {version}, this program knows {FORMAT_VERSION}; update parquetry"
         )
-    dataset = DataSet(directory, manifest)
+    dataset = DataSet(directory, manifest, fetch)
     _allow_open_files(directory, len(dataset.shards))
     if dataset.codec not in CODECS or dataset.patch_order != PATCH_ORDER:
         raise UserError(

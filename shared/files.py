@@ -151,6 +151,14 @@ def list_files(directory: Path, pattern: str) -> list[Path]:
     ]
 
 
+def list_tree(directory: Path) -> list[str]:
+    """All files below a directory, relative to it, sorted; none where there is none."""
+    if is_remote(directory):
+        prefix = f"{directory}/"
+        return sorted(uri.removeprefix(prefix) for uri in remote.list_below(str(directory)))
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
 def has_files(directory: Path) -> bool:
     """Whether there is anything in a directory, which need not be there."""
     if is_remote(directory):

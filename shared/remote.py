@@ -65,6 +65,10 @@ _PASSING_CODES = frozenset(("RequestTimeout", "IncompleteBody", "BadDigest", "Sl
 _REFUSED_ERRORS = frozenset("NoCredentialsError PartialCredentialsError RefreshError GatedRepoError".split())
 
 
+class StoreError(OSError):
+    """A store that did not answer well in all attempts; it may later."""
+
+
 @dataclass(frozen=True, slots=True)
 class ObjectState:
     """Size in bytes, and what differs when the object was written again: an ETag, a version or a time."""
@@ -310,7 +314,7 @@ def _attempt(uri: str, call: Callable[[Any, str], R]) -> R:
                     raise UserError(
                         f"{shown(uri)}: its host is not known here; correct it, or look at the network"
                     ) from None
-                raise OSError(errno.EIO, _scrub(error) or type(error).__name__, shown(uri)) from None
+                raise StoreError(errno.EIO, _scrub(error) or type(error).__name__, shown(uri)) from None
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause *= 2
     raise AssertionError("the last attempt returns or raises")
