@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from preprocess import pack as pack_module
-from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig, SourceConfig
+from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig
 from preprocess.executor import SerialExecutor
 from preprocess.job import Job, open_job, run_job
+from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.verify import verify_dataset
 from shared.config import load_config
 from shared.errors import UserError
@@ -92,9 +93,15 @@ def test_a_lost_dataset_json_comes_back_the_same_without_redoing_a_pass(config: 
 @pytest.mark.parametrize(
     ("lost", "redone"),
     [
-        (["shards/train-00001.parquet"], {"shards/train-00001.parquet", "plan/train-00001.result.json"}),
-        (["plan/train-00001.result.json"], {"shards/train-00001.parquet", "plan/train-00001.result.json"}),
-        (["index/web/000001.parquet"], {"index/web/000001.parquet"}),
+        (
+            ["shards/train-000000-001.parquet"],
+            {"shards/train-000000-001.parquet", "plan/train-000000-001.result.json"},
+        ),
+        (
+            ["plan/train-000000-001.result.json"],
+            {"shards/train-000000-001.parquet", "plan/train-000000-001.result.json"},
+        ),
+        (["index/web/000001.parquet"], {"index/web/000001.parquet", "index/web/000001.tokens"}),
         (["plan/plan.json"], None),  # the plan is written again: other times, same bytes
     ],
 )
@@ -124,7 +131,11 @@ def test_a_job_killed_half_way_goes_on_where_it_stopped(config: PreprocessConfig
         (output / "plan" / f"{path.stem}.result.json").unlink()
     # What a killed worker and a killed last step leave behind.
     (output / "dataset.json").unlink()
-    for name in ("shards/train-00002.parquet.4711.tmp", "dataset.json.4711.tmp", "index/web/x.parquet.9.tmp"):
+    for name in (
+        "shards/train-000000-002.parquet.4711.tmp",
+        "dataset.json.4711.tmp",
+        "index/web/x.parquet.9.tmp",
+    ):
         (output / name).write_bytes(b"half")
     run_job(config)
     after = state(config)
@@ -138,16 +149,16 @@ def test_a_job_that_fails_in_a_pass_leaves_no_data_set_and_resumes(
     finished: PreprocessConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(finished, output=str(tmp_path / "out"))
-    whole, calls = pack_module.decode, []
+    whole, calls = pack_module.load_image, []
 
-    def fail_later(data: bytes, **limits: int) -> Any:
+    def fail_later(data: bytes, **limits: Any) -> Any:
         calls.append(0)
         if len(calls) > 25:
             raise KeyboardInterrupt
         return whole(data, **limits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "decode", fail_later)
+        patch.setattr(pack_module, "load_image", fail_later)
         with pytest.raises(KeyboardInterrupt):
             run_job(config)
     before = state(config)
@@ -176,7 +187,7 @@ CHANGES: list[tuple[str, Callable[[PreprocessConfig], PreprocessConfig], str]] =
     (
         "cutting",
         lambda c: replace(c, sources={"web": replace(c.sources["web"], too_long="reject")}),
-        "rules.web: 'split', now 'reject'",
+        "rules.web.too_long: 'split', now 'reject'",
     ),
     ("tokens", lambda c: replace(c, tokens=TokenNames(bos="none")), "tokens.bos: '', now 'none'"),
     (
@@ -329,8 +340,8 @@ def test_equal_keys_of_two_sources_and_two_files_are_different_samples(tmp_path:
     tars = [write_samples(tmp_path / f"{n}.tar", mixed_samples(10)) for n in range(3)]
     config = make_config(tmp_path, tars[0])
     sources = {
-        "one": SourceConfig(paths=(str(tars[0]), str(tars[1]))),
-        "two": SourceConfig(paths=(str(tars[2]),)),
+        "one": WebDatasetConfig(paths=(str(tars[0]), str(tars[1]))),
+        "two": WebDatasetConfig(paths=(str(tars[2]),)),
     }
     account = run_job(replace(config, sources=sources))["account"]
     assert [(account[n]["read"], account[n]["packed"]) for n in ("one", "two")] == [(20, 20), (10, 10)]
@@ -348,7 +359,7 @@ def test_the_passes_one_by_one_give_the_same_as_the_whole_job(
     for step in ("scan", "plan", "pack", "finish"):
         job = Job(config)
         job.prepare(job.identity)
-        arguments = [SerialExecutor(0)] if step in ("scan", "pack") else []
+        arguments = [SerialExecutor(0)] if step != "finish" else []
         getattr(job, step)(*arguments)
     assert contents(state(config)) == contents(state(finished))
 
