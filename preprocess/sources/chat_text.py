@@ -55,7 +55,7 @@ def chat_texts(
 
 
 def _answers(rendering: Rendering, turns: Sequence[Turn], first: int, bos: str | None) -> list[Span]:
-    """The texts of the assistant from turn `first` on, each with the special token behind it, unless that begins the next."""
+    """The texts of the assistant from turn `first` on, each with the special token behind it, a begin of text aside."""
     ends = {start: end for start, end in rendering.special if rendering.text[start:end] != bos}
     learned: list[Span] = []
     for (start, end), number in rendering.contents:
