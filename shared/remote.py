@@ -336,17 +336,14 @@ def _status(error: BaseException) -> int:
     """The HTTP status that an error carries, 0 for none: aiohttp, gcsfs, botocore and requests differ."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
-        answer: Any = (
-            response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        )
-        for value in (
-            getattr(cause, "status", None),
-            answer,
-            getattr(response, "status_code", None),
-            getattr(cause, "code", None),
-        ):
-            if isinstance(value, int) and 400 <= value < 600:
-                return value
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif hasattr(cause, "status"):
+            status = cause.status
+        else:
+            status = getattr(response, "status_code", None) or getattr(cause, "code", None)
+        if isinstance(status, int) and 400 <= status < 600:
+            return status
     return 0
 
 

@@ -66,10 +66,10 @@ def put(key: str, data: bytes) -> str:
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Passes bytes on to a server, and resets connections while `budget` of bytes from the server is used up.
+    """Passes bytes on to a server, and resets connections when `budget` of bytes from the server is used up.
 
-    budget: bytes that still pass; None for all. resets: how many connections are broken before all passes again;
-    None for no end.
+    budget: bytes that still pass; None for all. refill: the budget after a reset; 0 leaves it used up. resets: how
+    many connections are broken before all passes again; None for no end.
     """
 
     daemon_threads = True
@@ -80,6 +80,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         host, _, port = target.rpartition("://")[2].partition(":")
         self.target = (host, int(port))
         self.budget: int | None = None
+        self.refill = 0
         self.resets: int | None = None
         self.broken = 0
         self.requests = 0
@@ -96,6 +97,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         if self.budget > 0:
             return False
         self.broken += 1
+        self.budget = self.refill
         if self.resets is not None:
             self.resets -= 1
         return True
@@ -150,11 +152,22 @@ class _Files(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
-    def do_GET(self) -> None:
+    def do_HEAD(self) -> None:
+        if not self._fails():
+            super().do_HEAD()
+
+    def _fails(self) -> bool:
         self._web.paths.append(self.path)
-        if self._web.failures:
-            self._web.failures -= 1
-            self.send_error(self._web.status)
+        if not self._web.failures:
+            return False
+        self._web.failures -= 1
+        self.send_response(self._web.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return True
+
+    def do_GET(self) -> None:
+        if self._fails():
             return
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         path = Path(self.translate_path(self.path))
@@ -177,6 +190,11 @@ class _Files(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(data[begin:end])
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that went away is no news
+
+
 class WebServer:
     """A directory on the web."""
 
@@ -191,7 +209,7 @@ class WebServer:
 @contextmanager
 def web_server(directory: Path) -> Generator[WebServer, None, None]:
     web = WebServer(directory)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, web=web)) as server:
+    with _Server(("127.0.0.1", 0), partial(_Files, web=web)) as server:
         web.address = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
         yield web
