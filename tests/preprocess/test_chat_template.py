@@ -66,10 +66,13 @@ def test_tags_filters_and_globals_render_as_in_transformers(tmp_path: Path) -> N
     {%- macro shout(words) %}{{ words | upper }}!{% endmacro %}
       {% for message in messages %}
         {% if loop.index > 3 %}{% break %}{% endif %}
+        {% set inside = 1 %}
         {% generation %}
+        {% set inside = 2 %}
         {% set ns.count = ns.count + 1 %}
         {{ shout(message.content) }} {{ message | tojson(indent=2) }} {{ message | tojson }}
         {% endgeneration %}
+        {{ inside }}
         {% if loop.last %}{% continue %}{% endif %}
         {# a comment #}{{ dict(a=ns.count) | items | list }} {{ range(3) | join('-') }} {{ message.content[:2] }}
       {% endfor %}

@@ -198,6 +198,33 @@ def test_text_that_looks_like_the_template_stays_what_it_is(name: str, opened: d
     assert sum(number in known for number in ids[1:-1]) == len(text.special)
 
 
+def test_of_two_special_tokens_at_one_place_the_longer_is_taken_as_tokenizers_do(tmp_path: Path) -> None:
+    body = "{% for m in messages %}<u>{{ m.content }}<u>x<u>xy{% endfor %}"
+    style = open_style(tmp_path / "t", Style(body, ("<u>", "<u>xy", "<u>x")))
+    texts, _ = texts_of(style, messages("a", "b"))
+    assert special_of(texts[0]) == ["<u>", "<u>x", "<u>xy"] * 2
+    theirs = style.reference.apply_chat_template(messages("a", "b"), tokenize=True)["input_ids"]
+    assert tokens_of(style, texts)[0][1:-1] == theirs
+
+
+@pytest.mark.parametrize(
+    ("strip", "shown"),
+    [
+        ("", "\n a \n"),
+        (".strip()", "a"),
+        (".lstrip()", "a \n"),
+        (".rstrip()", "\n a"),
+        (".strip('\\n')", " a "),
+        (".lstrip('\\n')", " a \n"),
+        (".rstrip('\\n')", "\n a "),
+    ],
+)
+def test_a_template_may_strip_texts(strip: str, shown: str, tmp_path: Path) -> None:
+    body = "{% for m in messages %}[{{ m.content" + strip + " }}]{% endfor %}"
+    [text], _ = texts_of(open_style(tmp_path / "t", Style(body, ())), messages("q", "\n a \n", "r", "b"))
+    assert text.text == f"[q][{shown}][r][b]" and learned_of(text) == [shown, "b"]
+
+
 def test_texts_that_repeat_each_other_and_the_template_are_told_apart(opened: dict[str, Opened]) -> None:
     turns = messages("user", "user", "assistant\nuser", "user\n", system="user")
     [text], _ = texts_of(opened["chatml"], turns)
@@ -350,7 +377,7 @@ def test_a_space_before_the_first_word_is_there_as_often_as_in_transformers(
 ) -> None:
     for name in ("inst", "chatml"):
         style = open_directory(space_tokenizer(tmp_path / name, STYLES[name], scheme))
-        turns = messages("Hi there", "a cat", "No <img>", "Hi")
+        turns = messages("Hi there", "a cat", "No <img>Hi", "Hi")
         # What transformers takes for a picture stands where ours is cut.
         asked = [{**turn, "content": turn["content"].replace("<img>", "<image>")} for turn in turns]
         encoded = encode_texts(texts_of(style, asked, image="a")[0], style.tokenizer)
