@@ -335,12 +335,11 @@ def _names(error: BaseException) -> set[str]:
 def _status(error: BaseException) -> int:
     """The HTTP status that an error carries, 0 for none: aiohttp, gcsfs, botocore and requests differ."""
     for cause in _causes(error):
-        response = getattr(cause, "response", None)
+        response: Any = getattr(cause, "response", None)
+        status: Any = getattr(cause, "status", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        elif hasattr(cause, "status"):
-            status = cause.status
-        else:
+        elif status is None:
             status = getattr(response, "status_code", None) or getattr(cause, "code", None)
         if isinstance(status, int) and 400 <= status < 600:
             return status

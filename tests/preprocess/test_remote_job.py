@@ -111,9 +111,7 @@ def test_a_finished_job_in_a_store_writes_no_shard_again(whole: PreprocessConfig
     assert client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"] == before
 
 
-@pytest.mark.parametrize(
-    "command", [["verify"], ["report"], ["inspect", "--pack", "1"], ["inspect", "--sample", "0-0003"]]
-)
+@pytest.mark.parametrize("command", ["verify", "report", "inspect --pack 1", "inspect --sample 0-0003"])
 def test_a_data_set_in_a_store_is_looked_at_as_one_on_this_machine(
     whole: PreprocessConfig, local: PreprocessConfig, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
