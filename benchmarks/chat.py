@@ -46,11 +46,17 @@ def main() -> None:
     )
     parser.add_argument("conversations", type=Path)
     parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("--repeat", type=int, default=20, help="each conversation so often")
+    parser.add_argument(
+        "--repeat", type=int, default=20, help="each conversation so often, numbered: no two are alike"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
-    records = json.loads(options.conversations.read_text()) * options.repeat
+    records = [
+        {**record, "conversations": [{**t, "value": f"{t['value']} {n}"} for t in record["conversations"]]}
+        for n in range(options.repeat)
+        for record in json.loads(options.conversations.read_text())
+    ]
     ours, theirs = our_way(options.tokenizer), their_way(options.tokenizer)
     rounds = [(seconds(ours, records), seconds(theirs, records)) for _ in range(options.rounds)]
     figures = {

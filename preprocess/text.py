@@ -128,7 +128,10 @@ def _encode_stretches(
         if partly:
             found = tokenizer.encode_with_offsets(texts, inner=inner)
         else:
-            found = [(ids.tolist(), []) for ids in tokenizer.encode(texts, inner=inner)]
+            # The template's own stretches are the same in every conversation.
+            unique = list(dict.fromkeys(texts))
+            ids = dict(zip(unique, (i.tolist() for i in tokenizer.encode(unique, inner=inner)), strict=True))
+            found: list[Encoded] = [(ids[text], []) for text in texts]
         for number, pair in zip(numbers, found, strict=True):
             encoded[number] = pair
     return encoded, unknown
