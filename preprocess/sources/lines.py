@@ -64,7 +64,7 @@ def _object(number: int, line: bytes) -> Record | Damage:
         return Damage(number, "row_not_utf8", str(error))
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
         return Damage(number, "json_invalid", str(error))
-    return _checked(number, value, b"\\ud" in line.lower())
+    return _checked(number, value, b"\\ud" in line or b"\\uD" in line)
 
 
 def _checked(number: int, value: object, escapes: bool) -> Record | Damage:
@@ -128,7 +128,7 @@ def _checked_text(number: int, item: object, source: str) -> Record | Damage:
         source.encode()
     except UnicodeEncodeError as error:
         return Damage(number, "row_not_utf8", str(error))
-    return _checked(number, item, "\\ud" in source.lower())
+    return _checked(number, item, "\\ud" in source or "\\uD" in source)
 
 
 class _TextWindow:

@@ -155,7 +155,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_line_of_json_costs_itself(tmp_path: Path) -> None:
     content = (
-        b'{"a": 1}\n{"a": \n\n[1]\n{"a": "\xe9"}\n{"a": "\\ud800"}\n{"a": "\\ud83d\\ude00"}\n'
+        b'{"a": 1}\n{"a": \n\n[1]\n{"a": "\xe9"}\n{"a": "\\uD800"}\n{"a": "\\ud83d\\ude00"}\n'
         + b"[" * 100_000
     )
     content += b'\n{"a": ' + b"1" * 5000 + b'}\n{"a": 2}'
