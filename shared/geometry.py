@@ -94,28 +94,34 @@ class Geometry:
         return self.merge**2
 
 
-def resize_grid(heights: IntArray, widths: IntArray, geometry: Geometry) -> npt.NDArray[np.int32]:
+def resize_grid(
+    heights: IntArray, widths: IntArray, geometry: Geometry, caps: IntArray | None = None
+) -> npt.NDArray[np.int32]:
     """Patch grid (h, w) of each picture after the resize: int32 [n, 2], multiples of m, at most the cap.
 
     `heights` and `widths` are pixels as displayed (EXIF applied), int [n], at least 1. The resized picture
-    is (h * p) x (w * p) pixels.
+    is (h * p) x (w * p) pixels. `caps` are the most patches of each picture, int [n], at least one cell;
+    without it, `max_patches_per_image` of all.
     """
     height_n, width_n = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     if height_n.size and min(height_n.min(), width_n.min()) < 1:
         raise ValueError("picture sides must be at least 1 pixel")
-    max_cells = geometry.max_patches_per_image // geometry.patches_per_token
+    cap_n = np.full_like(height_n, geometry.max_patches_per_image) if caps is None else np.asarray(caps)
+    cap_n = cap_n.astype(np.int64) // geometry.patches_per_token
+    if cap_n.size and cap_n.min() < 1:
+        raise ValueError(f"a cap must hold one cell, {geometry.patches_per_token} patches")
     rule = _native_cells if geometry.resize == "native" else _fill_cells
     # Data sets repeat few sizes very often: solve each size once.
-    sizes_n2 = np.stack([height_n, width_n], axis=-1).reshape(-1, 2)
-    unique_u2, inverse_n = np.unique(sizes_n2, axis=0, return_inverse=True)
-    cells_u2 = np.empty_like(unique_u2)
-    for start in range(0, len(unique_u2), 4096):
-        block = unique_u2[start : start + 4096]
-        cells_u2[start : start + 4096] = rule(block[:, 0], block[:, 1], geometry.cell, max_cells)
+    sizes_n3 = np.stack([height_n, width_n, cap_n], axis=-1).reshape(-1, 3)
+    unique_u3, inverse_n = np.unique(sizes_n3, axis=0, return_inverse=True)
+    cells_u2 = np.empty_like(unique_u3[:, :2])
+    for start in range(0, len(unique_u3), 4096):
+        block = unique_u3[start : start + 4096]
+        cells_u2[start : start + 4096] = rule(block[:, 0], block[:, 1], block[:, 2], geometry.cell)
     return (cells_u2[inverse_n.reshape(-1)] * geometry.merge).astype(np.int32)
 
 
-def _native_cells(height_u: IntArray, width_u: IntArray, cell: int, max_cells: int) -> IntArray:
+def _native_cells(height_u: IntArray, width_u: IntArray, max_cells_u: IntArray, cell: int) -> IntArray:
     """Never scale up (except to reach one cell), keep the aspect ratio, waste little of the cap.
 
     Among all grids a x b of cells inside the picture and the cap, take the least `stretch**2 * unused`,
@@ -126,17 +132,17 @@ def _native_cells(height_u: IntArray, width_u: IntArray, cell: int, max_cells: i
     Only quotients of integers are compared, so every IEEE machine picks the same grid.
     """
     limit_a_u = np.maximum(1, height_u // cell)
-    limit_b_u = np.minimum(np.maximum(1, width_u // cell), max_cells)
-    limit_a_u = np.minimum(limit_a_u, max_cells)
+    limit_b_u = np.minimum(np.maximum(1, width_u // cell), max_cells_u)
+    limit_a_u = np.minimum(limit_a_u, max_cells_u)
     # The largest a worth trying keeps the true aspect at the cap; the smallest spends half of what it could.
-    ideal_u = np.sqrt(max_cells * (height_u / width_u))
+    ideal_u = np.sqrt(max_cells_u * (height_u / width_u))
     top_u = np.minimum(limit_a_u, np.ceil(ideal_u).astype(np.int64) + 1).clip(1)
     low_u = np.minimum(top_u, np.floor(top_u * 0.5).astype(np.int64)).clip(1)
     steps = int((top_u - low_u).max()) + 1 if len(top_u) else 1
     a_uk = np.minimum(low_u[:, None] + np.arange(steps), top_u[:, None])
     exact_uk = a_uk * width_u[:, None] // height_u[:, None]
     b_uk2 = np.stack([exact_uk, exact_uk + 1], axis=-1)
-    b_uk2 = np.minimum(b_uk2, np.minimum(limit_b_u[:, None], max_cells // a_uk)[..., None]).clip(1)
+    b_uk2 = np.minimum(b_uk2, np.minimum(limit_b_u[:, None], max_cells_u[:, None] // a_uk)[..., None]).clip(1)
     a_uk2 = np.broadcast_to(a_uk[..., None], b_uk2.shape)
     x_uk2, y_uk2 = a_uk2 * width_u[:, None, None], b_uk2 * height_u[:, None, None]
     stretch_uk2 = np.maximum(x_uk2, y_uk2) / np.minimum(x_uk2, y_uk2)
@@ -146,7 +152,7 @@ def _native_cells(height_u: IntArray, width_u: IntArray, cell: int, max_cells: i
     return np.stack([v.reshape(len(height_u), -1)[row, best_u] for v in (a_uk2, b_uk2)], axis=-1)
 
 
-def _fill_cells(height_u: IntArray, width_u: IntArray, cell: int, max_cells: int) -> IntArray:
+def _fill_cells(height_u: IntArray, width_u: IntArray, max_cells_u: IntArray, cell: int) -> IntArray:
     """Scale up or down until the cap is used: the rule of SigLIP2 NaFlex (arXiv:2502.14786, section 2.4).
 
     Bisection of one scale for both sides in [1e-6, 100] down to 1e-5, each side rounded up to whole cells;
@@ -160,7 +166,7 @@ def _fill_cells(height_u: IntArray, width_u: IntArray, cell: int, max_cells: int
 
     while (active_u := high_u - low_u >= 1e-5).any():
         middle_u = (low_u + high_u) / 2
-        fits_u = cells(middle_u).prod(axis=-1) <= max_cells
+        fits_u = cells(middle_u).prod(axis=-1) <= max_cells_u
         low_u = np.where(active_u & fits_u, middle_u, low_u)
         high_u = np.where(active_u & ~fits_u, middle_u, high_u)
     return cells(low_u)

@@ -112,6 +112,19 @@ def test_a_size_is_solved_alike_alone_and_among_thousands(resize: str) -> None:
 
 
 @pytest.mark.parametrize("resize", ["native", "fill"])
+def test_each_picture_may_have_a_cap_of_its_own(resize: str) -> None:
+    # 900 x 1600 under three caps in one call; the least holds one cell.
+    geometry = replace(Geometry(max_patches_per_image=4096), resize=resize)
+    sides, caps = np.full(4, 900), np.array([1024, 4, 64, 1024])
+    grids_n2 = resize_grid(sides, np.full(4, 1600), geometry, caps)
+    alone = [grid_of(900, 1600, replace(geometry, max_patches_per_image=int(cap))) for cap in caps]
+    assert [tuple(grid) for grid in grids_n2.tolist()] == alone
+    assert alone[1] == (2, 2) and alone[2] == (6, 10)
+    with pytest.raises(ValueError, match="one cell, 4 patches"):
+        resize_grid(sides[:1], sides[:1], geometry, np.array([3]))
+
+
+@pytest.mark.parametrize("resize", ["native", "fill"])
 def test_no_pictures_give_no_grids(resize: str) -> None:
     empty = np.zeros(0, np.int64)
     assert resize_grid(empty, empty, replace(Geometry(), resize=resize)).shape == (0, 2)
