@@ -211,6 +211,7 @@ def _load_piece(
     part = -1 if piece.parts == 1 else piece.part
     origin = {"unit": piece.unit, "copy": piece.copy, "parts": piece.parts}
     for segment in piece.segments:
+        begin(NO_ITEM)  # a store may take its time
         if segment.kind == TEXT:
             texts.append(np.frombuffer(read(task.place_of(piece, segment)), "<i4"))
             segments.append(segment)
@@ -262,7 +263,6 @@ def _load_frames(
     """
     if detail := task.crashed.get(number):
         raise ImageError("crashed", detail)
-    begin(NO_ITEM)  # a store may take its time
     data = read(task.place_of(piece, segment))
     begin(number)
     frame = load_image(

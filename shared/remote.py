@@ -268,7 +268,7 @@ def list_below(uri: str) -> dict[str, int]:
 
 
 def _protocol(text: str) -> str:
-    found = re.match(r"([A-Za-z][\w+.-]*):/", text)
+    found = re.match(r"([A-Za-z][\w+.-]+):/", text)
     return found[1].lower() if found else ""
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from preprocess.faults import NO_ITEM, begin
 from preprocess.inputs import Local, Span, expand_paths, local_copy, read_range
 from preprocess.samples import IMAGE, Media, Missing, Place, RawSample, Reject
 from preprocess.sources.base import SourceConfig, SourceContext
@@ -80,6 +81,7 @@ class WebDataset:
                 else:
                     yield self._reject(rest, "archive_damaged", group)
             return
+        begin(NO_ITEM)  # a distant file takes as long as it takes
         file = local_copy(unit)
         groups, damage = walk_plain(unit, file)
         for group in groups:
