@@ -20,6 +20,7 @@ from preprocess.sources.base import SourceConfig, SourceContext
 from preprocess.sources.record import MAX_RECORD_BYTES, is_damage
 from preprocess.sources.records import container_of, keyed_records, unpacked
 from preprocess.sources.saved import expand_tables
+from shared.remote import shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +71,7 @@ class TextSource:
         return RawSample(key, (Text(text),))
 
     def _whole_file(self, unit: str) -> tuple[str, str | Reject]:
-        key = "/".join(PurePath(unit).parts[-2:])
+        key = "/".join(PurePath(shown(unit)).parts[-2:])
 
         def lost(reason: str, detail: str) -> tuple[str, Reject]:
             return key, Reject(self._name, key, reason, detail)

@@ -1,0 +1,81 @@
+"""Tables in a store, and the pictures that they name there."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preprocess.job import run_job
+from preprocess.samples import Media, Missing, Place
+from preprocess.sources.interleaved import InterleavedConfig
+from preprocess.sources.pictures import picture
+from preprocess.verify import verify_dataset
+from shared import remote
+from tests.preprocess.inputs import make_config, png
+from tests.preprocess.reference import Reference
+from tests.preprocess.stores import BUCKET, put, s3_server
+
+A, B = png(8, 8, 1), png(8, 16, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def s3() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+
+
+def test_a_picture_in_a_store_is_read_from_its_place() -> None:
+    put("images/deep/a.png", A)
+    root = f"s3://{BUCKET}/images"
+    for name in ("deep/a.png", "x/../deep/a.png", f"{root}/deep/a.png"):
+        found = picture(name, root)
+        assert isinstance(found, Media)
+        assert found.place == Place(f"{root}/deep/a.png", 0, len(A)) and found.file.read() == A
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("none.png", "image_missing"),
+        ("../other/a.png", "image_outside_root"),
+        ("/etc/passwd", "image_outside_root"),
+        ("../images-too/a.png", "image_outside_root"),
+        ("https://example.org/a.png", "image_not_fetched"),
+    ],
+)
+def test_what_is_not_in_a_store_has_a_reason(name: str, reason: str) -> None:
+    found = picture(name, f"s3://{BUCKET}/images")
+    assert isinstance(found, Missing) and found.reason == reason
+
+
+def test_documents_in_a_store_are_packed_with_pictures_from_there_and_from_here(tmp_path: Path) -> None:
+    put("data/img/a.png", A)
+    rows = [
+        {"texts": ["one", None], "images": [None, "img/a.png"]},
+        {"texts": ["two", None], "images": [None, "img/none.png"]},
+    ]
+    lines = put("data/a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    file = io.BytesIO()
+    pq.write_table(pa.table({"texts": [[None, "three"]], "images": [[B, None]]}), file)
+    table = put("data/b.parquet", file.getvalue())
+    source = InterleavedConfig(paths=(lines, table), max_reject_rate=1.0)
+    config = make_config(tmp_path, tmp_path, sources={"web": source})
+    account = run_job(config)["account"]["web"]
+    assert account["media_dropped"] == {"image_missing": 1}
+    samples = {"a.jsonl#0": ["one", A], "a.jsonl#1": ["two"], "b.parquet#0": [B, "three"]}
+    found = Reference(Path(config.output)).check(
+        {("web", key): segments for key, segments in samples.items()}
+    )
+    assert {key for _, key in found} == set(samples)
+    assert verify_dataset(Path(config.output))[1] == []
