@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from preprocess.config import PlanConfig
 from preprocess.index import COUNTS, INDEX_OPTIONS, ROWS_PER_BLOCK, IndexedUnit
-from preprocess.plan import make_plan, read_shard_plan
+from preprocess.plan import make_plan, planned_shards, read_shard_plan
 from preprocess.samples import IMAGE, INDEX_SCHEMA, SEGMENT_TYPE, SEGMENTS_TYPE, TEXT
 from preprocess.sources.base import SourceConfig
 from shared.geometry import Budget, Geometry, resize_grid, visual_tokens
@@ -99,8 +99,8 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         "worker_peak_mb": peak_bytes(resource.RUSAGE_CHILDREN) / 1e6,
         "index_bytes_per_sample": sum(unit.path.stat().st_size for unit in units) / num_samples,
         "plan_bytes_per_sample": sum(path.stat().st_size for path in files) / num_samples,
-        "windows": len({shard["plan"] for shard in summary["shards"]}),
-        "shards": len(summary["shards"]),
+        "windows": len(summary["windows"]),
+        "shards": sum(1 for _ in planned_shards(summary)),
         **fill(directory / "plan", summary),
     }
 
@@ -152,13 +152,11 @@ def peak_bytes(who: int) -> int:
 
 def fill(plan: Path, summary: dict[str, Any], windows: int = 3) -> dict[str, float]:
     """Share of both budgets that holds data, in the first windows."""
-    names = list(dict.fromkeys(shard["plan"] for shard in summary["shards"]))[:windows]
+    first = {"windows": summary["windows"][:windows]}
     packs = tokens = patches = 0
-    for shard in summary["shards"]:
-        if shard["plan"] not in names:
-            continue
-        table = read_shard_plan(plan / shard["plan"], shard["row_group"])
-        packs += shard["packs"]
+    for shard in planned_shards(first):
+        table = read_shard_plan(plan / shard.plan, shard.row_group)
+        packs += shard.packs
         tokens += int((table["end"].to_numpy() - table["start"].to_numpy()).sum())
         segments = table["segments"].combine_chunks().flatten()
         t, h, w = (segments.field(name).to_numpy().astype(np.int64) for name in ("t", "h", "w"))

@@ -136,8 +136,9 @@ def _plan(words: list[str], as_json: bool) -> int:
         _require_index(job)
         with open_executor(config) as executor:
             plan = job.plan(executor)
-    packs = sum(shard["packs"] for shard in plan["shards"])
-    _say({"plan": f"{config.output}/plan", "shards": len(plan["shards"]), "packs": packs}, as_json)
+    windows = [window["packs"] for window in plan["windows"]]  # of each, the packs of its shards
+    shards, packs = sum(map(len, windows)), sum(map(sum, windows))
+    _say({"plan": f"{config.output}/plan", "shards": shards, "packs": packs}, as_json)
     return 0
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from preprocess.account import ScanCounts, SourceAccount, scan_counts, settle
 from preprocess.identity import made_by
 from preprocess.index import MEND, IndexedUnit
+from preprocess.plan import PlannedShard, planned_shards
 from preprocess.report.stats import collect_stats, print_report
 from preprocess.samples import REJECT_SCHEMA, Reject, reject_table
 from preprocess.sources.base import SourceConfig
@@ -52,12 +53,14 @@ def finish(
         UserError: nothing was packed, or a source lost more samples than its ceiling allows.
         RuntimeError: the account does not balance, a defect of the program.
     """
-    names = [shard["name"] for shard in plan["shards"]]
+    names = [shard.name for shard in planned_shards(plan)]
     scanned = scan_counts(units)
     accounts = settle(list(sources), scanned, plan["sources"], map(read_result, names))
     _check_accounts(accounts, sources)
     shards = [
-        line for shard in plan["shards"] if (line := _shard_line(shard, read_result(shard["name"])))["packs"]
+        line
+        for shard in planned_shards(plan)
+        if (line := _shard_line(shard, read_result(shard.name)))["packs"]
     ]
     if not shards:
         reasons = ", ".join(sorted({reason for account in accounts.values() for reason in account.rejected}))
@@ -74,10 +77,10 @@ def finish(
     return stats
 
 
-def _shard_line(shard: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+def _shard_line(shard: PlannedShard, result: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a shard: its place in the manifest, and its totals."""
     kept = ("packs", "bytes", "checksum", "totals")
-    return {"name": shard["name"], "split": shard["split"], **{key: result[key] for key in kept}}
+    return {"name": shard.name, "split": shard.split, **{key: result[key] for key in kept}}
 
 
 def check_reject_rate(

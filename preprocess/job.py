@@ -7,7 +7,7 @@ kept beside its output (`preprocess.identity`), so that nothing of another run i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from preprocess.finish import check_scan, finish
 from preprocess.identity import claim, plan_identity, scan_identity, short_hash
 from preprocess.index import IndexedUnit
 from preprocess.pack import PackTask, pack_shard
-from preprocess.plan import PLAN_SUMMARY, make_plan
+from preprocess.plan import PLAN_SUMMARY, PlannedShard, make_plan, planned_shards
 from preprocess.progress import track
 from preprocess.scan import ScanUnit, scan_unit
 from preprocess.sources import open_source
@@ -86,6 +86,11 @@ class Job:
         scan = scan_identity(self.config, self.units, self.tokenizer.ids.tokenizer_sha256)
         return plan_identity(self.config, scan)
 
+    @cached_property
+    def identity_hash(self) -> str:
+        """What every result file carries: hashed once, as it names all inputs."""
+        return short_hash(self.identity)
+
     def prepare(self, identity: dict[str, Any]) -> None:
         """Check the settings against an earlier run in the same directory before any work is done.
 
@@ -146,16 +151,17 @@ class Job:
 
     def pack(self, executor: Executor) -> None:
         """Write every shard that is not there, or not whole, or of another plan."""
-        shards = self.plan(executor)["shards"]
-        tasks = [self._pack_task(shard) for shard in shards if not self._is_packed(shard["name"])]
-        _run(executor, pack_shard, tasks, label="pack", total=len(shards))
+        plan = self.plan(executor)
+        tasks = [self._pack_task(shard) for shard in planned_shards(plan) if not self._is_packed(shard.name)]
+        total = sum(len(window["packs"]) for window in plan["windows"])
+        _run(executor, pack_shard, tasks, label="pack", total=total)
 
-    def _pack_task(self, shard: Mapping[str, Any]) -> PackTask:
+    def _pack_task(self, shard: PlannedShard) -> PackTask:
         return PackTask(
-            plan=(self.output / "plan" / shard["plan"]).absolute(),
-            row_group=shard["row_group"],
-            output=(self.output / "shards" / shard["name"]).absolute(),
-            result=self._result_path(shard["name"]).absolute(),
+            plan=(self.output / "plan" / shard.plan).absolute(),
+            row_group=shard.row_group,
+            output=(self.output / "shards" / shard.name).absolute(),
+            result=self._result_path(shard.name).absolute(),
             index=(self.output / "index").absolute(),
             bad_media={name: source.bad_media for name, source in self.config.sources.items()},
             ids=self.tokenizer.ids,
@@ -168,7 +174,7 @@ class Job:
             codec=self.config.codec,
             codec_settings={"jpeg_quality": self.config.jpeg_quality, "zstd_level": self.config.zstd_level},
             directory=os.getcwd(),
-            identity=short_hash(self.identity),
+            identity=self.identity_hash,
         )
 
     def _is_packed(self, name: str) -> bool:
@@ -177,7 +183,7 @@ class Job:
         if size is None or not exists(result):
             return False
         made = read_json(result)
-        return made["identity"] == short_hash(self.identity) and made["bytes"] == size
+        return made["identity"] == self.identity_hash and made["bytes"] == size
 
     def finish(self) -> dict[str, Any]:
         """Settle the account and write what makes a data set of the shards; return the statistics.
@@ -186,10 +192,10 @@ class Job:
             UserError: a shard is not the one that this plan made.
         """
         plan = read_json(self.output / "plan" / PLAN_SUMMARY, mend="run `plan` and `pack` first")
-        for shard in plan["shards"]:
-            if not self._is_packed(shard["name"]):
+        for shard in planned_shards(plan):
+            if not self._is_packed(shard.name):
                 raise UserError(
-                    f"{self.output}: {shard['name']} is missing or was written by another run meanwhile; end that "
+                    f"{self.output}: {shard.name} is missing or was written by another run meanwhile; end that "
                     f"run and give the same command again"
                 )
         return finish(

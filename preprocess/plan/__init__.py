@@ -17,7 +17,24 @@ bytes, and windows that are there are kept.
 
 from preprocess.plan.driver import make_plan
 from preprocess.plan.duplicates import DUPLICATE
-from preprocess.plan.files import PLAN_SCHEMA, PLAN_SUMMARY, Run, read_shard_plan
+from preprocess.plan.files import (
+    PLAN_SCHEMA,
+    PLAN_SUMMARY,
+    PlannedShard,
+    Run,
+    planned_shards,
+    read_shard_plan,
+)
 from preprocess.plan.window import LEFT_OUT
 
-__all__ = ["DUPLICATE", "LEFT_OUT", "PLAN_SCHEMA", "PLAN_SUMMARY", "Run", "make_plan", "read_shard_plan"]
+__all__ = [
+    "DUPLICATE",
+    "LEFT_OUT",
+    "PLAN_SCHEMA",
+    "PLAN_SUMMARY",
+    "PlannedShard",
+    "Run",
+    "make_plan",
+    "planned_shards",
+    "read_shard_plan",
+]

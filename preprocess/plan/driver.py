@@ -138,16 +138,15 @@ def _sum_up(
     sources: Mapping[str, SourceConfig],
     duplicates: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
-    """`shards` and `sources` of plan.json, and the training tokens of each source."""
+    """`windows` and `sources` of plan.json, and the training tokens of each source."""
     kinds = ("whole", "split", "parts", "repeated", "media")
     counts = {name: Counter(dict.fromkeys(kinds, 0)) for name in sources}
     rejected: dict[str, Counter[str]] = {name: Counter() for name in sources}
     tokens = dict.fromkeys(sources, 0)
-    shards: list[dict[str, Any]] = []
+    windows: list[dict[str, Any]] = []
     for task in tasks:
         result = read_json(task.result, mend="delete the plan/ directory and run again")
-        place = {"split": task.split, "plan": f"{task.name}.parquet"}
-        shards += [{**shard, **place, "row_group": number} for number, shard in enumerate(result["shards"])]
+        windows.append({"name": task.name, "split": task.split, "packs": result["packs"]})
         for name, line in result["sources"].items():
             counts[name].update({kind: line[kind] for kind in kinds})
             rejected[name].update(line["rejected"])
@@ -156,4 +155,4 @@ def _sum_up(
         if found["dropped"]:
             rejected[name][DUPLICATE] = found["dropped"]
     lines = {name: {**counts[name], "rejected": dict(sorted(rejected[name].items()))} for name in sources}
-    return {"shards": shards, "sources": lines, "tokens": tokens}
+    return {"windows": windows, "sources": lines, "tokens": tokens}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -52,6 +52,25 @@ PLAN_OPTIONS: dict[str, Any] = {
     "write_statistics": False,
     "write_page_checksum": True,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """A shard and its place: row group `row_group` of the plan file `plan`."""
+
+    name: str
+    split: str
+    plan: str
+    row_group: int
+    packs: int
+
+
+def planned_shards(plan: Mapping[str, Any]) -> Iterator[PlannedShard]:
+    """The shards of plan.json, which holds for each but its number of packs, by window: there may be a million."""
+    for window in plan["windows"]:
+        name, split = window["name"], window["split"]
+        for number, packs in enumerate(window["packs"]):
+            yield PlannedShard(f"{name}-{number:03d}.parquet", split, f"{name}.parquet", number, packs)
 
 
 def read_shard_plan(path: Path, row_group: int) -> pa.Table:

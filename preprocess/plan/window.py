@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,24 +69,17 @@ def plan_window(task: WindowTask) -> None:
     )
     # Another copy of a rejected sample is no second reject: it was never made.
     rejected.append(reject_table([reject for sample, reject in blocked if not samples.copy_n[sample]]))
-    shards: list[dict[str, Any]] = []
+    packs: list[int] = []
     if len(pieces):
         rng = np.random.default_rng(task.seed)
         pieces, pack, rows, borders = _pack(samples, pieces, settings, rng)
-        shards = [
-            {"name": f"{task.name}-{number:03d}.parquet", "packs": end - begin}
-            for number, (begin, end) in enumerate(itertools.pairwise(borders))
-        ]
-        path = settings.output / f"{task.name}.parquet"
-        for shard, count in zip(
-            shards, _write_plan(path, task, samples, pieces, pack, rows, borders), strict=True
-        ):
-            shard["pieces"] = count
+        _write_plan(task, samples, pieces, pack, rows, borders)
+        packs = np.diff(borders).tolist()
     rejects = pa.concat_tables(rejected)
     if len(rejects):
         with atomic_path(settings.output / f"{task.name}.rejects.parquet") as temporary:
             pq.write_table(rejects, temporary, compression="zstd")
-    write_json(task.result, {"shards": shards, "sources": _count(task, samples, pieces, rejects)})
+    write_json(task.result, {"packs": packs, "sources": _count(task, samples, pieces, rejects)})
 
 
 def _read_samples(task: WindowTask) -> tuple[Samples, list[pa.Table]]:
@@ -186,15 +177,14 @@ def cut_shards(bytes_per_pack: npt.NDArray[np.float64], shard_bytes: int) -> lis
 
 
 def _write_plan(
-    path: Path,
     task: WindowTask,
     samples: Samples,
     pieces: Pieces,
     pack: Ints,
     rows: pa.ListArray,
     borders: list[int],
-) -> Iterator[int]:
-    """Write one row group per shard; yield the pieces of each when the file is there."""
+) -> None:
+    """The plan file of the window, one row group per shard."""
     unit = pa.array(samples.unit_n[pieces.sample])
     shard = np.searchsorted(borders, pack, side="right") - 1
     columns = {
@@ -211,16 +201,14 @@ def _write_plan(
         "segments": piece_segments(samples, pieces, task.settings.ids),
     }
     table = pa.table(columns).select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA)
-    counts = np.bincount(shard).tolist()
     with (
-        atomic_path(path) as temporary,
+        atomic_path(task.settings.output / f"{task.name}.parquet") as temporary,
         pq.ParquetWriter(temporary, PLAN_SCHEMA, **PLAN_OPTIONS) as writer,
     ):
         begin = 0
-        for count in counts:
+        for count in np.bincount(shard).tolist():
             writer.write_table(table.slice(begin, count), row_group_size=count)
             begin += count
-    yield from counts
 
 
 def _count(

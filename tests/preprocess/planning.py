@@ -15,7 +15,7 @@ import xxhash
 from preprocess.config import PlanConfig
 from preprocess.executor import SerialExecutor
 from preprocess.index import IndexedUnit, ScannedSample, open_index
-from preprocess.plan import make_plan, read_shard_plan
+from preprocess.plan import make_plan, planned_shards, read_shard_plan
 from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject
 from preprocess.sources.base import SourceConfig
 from shared.geometry import Budget
@@ -63,10 +63,11 @@ class Planned:
     def __init__(self, directory: Path, summary: dict[str, Any]) -> None:
         self.summary = summary
         self.files = {path.name: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+        self.shards = list(planned_shards(summary))
         self.pieces = [
-            {**row, "pack": (s["name"], row["pack"]), "split": s["split"], "window": s["plan"]}
-            for s in summary["shards"]
-            for row in read_shard_plan(directory / s["plan"], s["row_group"]).to_pylist()
+            {**row, "pack": (shard.name, row["pack"]), "split": shard.split, "window": shard.plan}
+            for shard in self.shards
+            for row in read_shard_plan(directory / shard.plan, shard.row_group).to_pylist()
         ]
         rejects = sorted(directory.glob("*.rejects.parquet"))
         self.rejects = [row for path in rejects for row in pq.read_table(path).to_pylist()]

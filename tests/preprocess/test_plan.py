@@ -97,13 +97,13 @@ def test_the_validation_split_depends_on_keys_alone(tmp_path: Path) -> None:
     assert chosen(alone) < chosen(larger)
     assert 50 <= len(chosen(alone)) <= 110  # binomial: 80 +- 8
     assert {p["key"] for p in alone.pieces if p["split"] == "train"} == set(web) - chosen(alone)
-    names = {s["name"].partition("-")[0] for s in alone.summary["shards"]}
+    names = {shard.name.partition("-")[0] for shard in alone.shards}
     assert names == {"train", "validation"}
 
 
 def test_no_validation_is_planned_unless_it_is_asked_for(tmp_path: Path) -> None:
     planned = plan(tmp_path, {"web": captioned(100)})
-    assert {s["split"] for s in planned.summary["shards"]} == {"train"}
+    assert {shard.split for shard in planned.shards} == {"train"}
 
 
 def test_a_sample_longer_than_a_pack_has_all_its_parts_in_the_plan_and_in_one_split(
@@ -171,7 +171,7 @@ def test_what_cannot_be_cut_is_rejected_even_where_cutting_is_allowed(
     tmp_path: Path, segments: list[Segment], budget: Budget, reason: str
 ) -> None:
     planned = plan(tmp_path, {"web": {"k": segments}}, budget)
-    assert planned.pieces == [] and planned.summary["shards"] == []
+    assert planned.pieces == [] and planned.shards == []
     assert [reject["reason"] for reject in planned.rejects] == [reason]
 
 
@@ -198,19 +198,18 @@ def test_shards_are_cut_to_the_bytes_asked_for_within_one_pack(tmp_path: Path) -
     assert len(sizes) == round(sum(sizes.values()) / 30_000) > 5
     largest_pack = 12 * BUDGET.S + BUDGET.N * BUDGET.L * GEOMETRY.values_per_patch
     assert max(sizes.values()) - min(sizes.values()) <= largest_pack
-    names = [shard["name"] for shard in planned.summary["shards"]]
+    names = [shard.name for shard in planned.shards]
     assert names == [f"train-000000-{number:03d}.parquet" for number in range(len(names))]
-    for shard in planned.summary["shards"]:
-        packs = [key for key in planned.packs() if key[0] == shard["name"]]
-        assert [number for _, number in packs] == list(range(shard["packs"]))  # sorted, none empty
-        assert shard["pieces"] == sum(p["pack"][0] == shard["name"] for p in planned.pieces)
+    for shard in planned.shards:
+        packs = [key for key in planned.packs() if key[0] == shard.name]
+        assert [number for _, number in packs] == list(range(shard.packs))  # sorted, none empty
 
 
 def test_a_shard_holds_at_least_one_pack_and_a_large_limit_gives_one_shard(tmp_path: Path) -> None:
     small = plan(tmp_path / "a", {"web": captioned(50)}, shard_bytes=1)
-    assert all(shard["packs"] == 1 for shard in small.summary["shards"])
+    assert all(shard.packs == 1 for shard in small.shards)
     large = plan(tmp_path / "b", {"web": captioned(50)}, shard_bytes=1 << 40)
-    assert len(large.summary["shards"]) == 1
+    assert len(large.shards) == 1
     assert small.members() == large.members()
 
 
@@ -218,7 +217,7 @@ def test_a_hundred_petabytes_are_cut_into_shards_like_a_hundred_kilobytes(tmp_pa
     # 3000 packs of 2^40 patches of 48 bytes, 1.6e17 bytes, 10 in a shard: 300 times that is beyond int64.
     samples = {f"{n}": [(10, 1 << 20, 1 << 20)] for n in range(3000)}
     planned = plan(tmp_path, {"web": samples}, Budget(S=64, N=1, L=1 << 40), shard_bytes=480 << 40)
-    assert [shard["packs"] for shard in planned.summary["shards"]] == [10] * 300
+    assert [shard.packs for shard in planned.shards] == [10] * 300
 
 
 def long_and_short(count: int) -> dict[str, list[Segment]]:
@@ -232,7 +231,7 @@ def test_any_number_of_workers_and_any_interruption_give_the_same_files(tmp_path
     options |= {"duplicates": "drop", "content": dict.fromkeys(("00003", "00004", "0005"), 7)}
     options |= {"rules": {"chat": {"repeat": 0.7}}}
     whole = plan(tmp_path / "a", samples, **options)
-    assert len({shard["plan"] for shard in whole.summary["shards"]}) == 9
+    assert len({shard.plan for shard in whole.shards}) == 9
 
     def in_two_processes(function: Any, tasks: Sequence[Any], **_: Any) -> list[Any]:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
