@@ -75,9 +75,11 @@ def pack_pieces(
         cost_n = _sum_per_piece(images.offset_n, np.maximum(patches_i, budget.L // images_per_row))
     shift = max(0, (budget.N * budget.L).bit_length() - 30)
     pool = _pool(np.asarray(tokens_n), vision_n, cost_n, images, budget, shift, rng)
-    pack_n = np.empty(len(vision_n), np.int64)
+    del vision_n, cost_n  # memory: the pool has its own
+    pack_n = np.empty(len(tokens_n), np.int64)
     limits = Limits(budget.S, budget.N, budget.L, images_per_row, shift)
     num_packs = int(fill_packs(pool, images, pack_n, limits))
+    del pool
     return Packing(num_packs, rng.permutation(num_packs)[pack_n], images.row_i.astype(np.int64))
 
 
@@ -92,17 +94,15 @@ def _images(image_offsets: npt.NDArray[Any], patches_i: npt.NDArray[Any]) -> Ima
 def _sum_per_piece(offset_n: Ints, value_i: npt.NDArray[Any]) -> Ints:
     ends = np.zeros(len(value_i) + 1, np.int64)
     np.cumsum(value_i, out=ends[1:])
-    return ends[offset_n[1:]] - ends[offset_n[:-1]]
+    return np.diff(ends[offset_n])
 
 
 def _check_each_fits(
     tokens_n: npt.NDArray[Any], vision_n: Ints, images: Images, budget: Budget, images_per_row: int
 ) -> None:
     """At most N images of at most L patches fit surely; only other pieces are tried in an empty pack."""
-    too_large = np.zeros(len(images.patches_i) + 1, np.int64)
-    np.cumsum(images.patches_i > budget.L, out=too_large[1:])
     surely = (tokens_n <= budget.S) & (np.diff(images.offset_n) <= budget.N)
-    surely &= too_large[images.offset_n[1:]] == too_large[images.offset_n[:-1]]
+    surely &= _sum_per_piece(images.offset_n, images.patches_i > budget.L) == 0
     if budget.N == 1 and not images_per_row:
         surely |= (tokens_n <= budget.S) & (vision_n <= budget.L)
     for piece in np.flatnonzero(~surely).tolist():
@@ -119,8 +119,8 @@ def _check_each_fits(
 
 def _pool(
     tokens_n: npt.NDArray[Any],
-    vision_n: Ints,
-    cost_n: Ints,
+    vision_n: npt.NDArray[Any],
+    cost_n: npt.NDArray[Any],
     images: Images,
     budget: Budget,
     shift: int,
@@ -129,17 +129,16 @@ def _pool(
     """Strata of equal numbers of pieces: by vision cost, then by tokens; within one the largest share first."""
     order_n = rng.permutation(len(tokens_n)).astype(np.int32)
     order_n = order_n[np.argsort(cost_n[order_n], kind="stable")]
-    band_n = np.arange(len(order_n)) * VISION_STRATA // max(1, len(order_n))
-    order_n = order_n[np.lexsort((tokens_n[order_n], band_n))]
-    strata = VISION_STRATA * TOKEN_STRATA
-    edges = np.unique(np.arange(strata + 1) * len(order_n) // strata)
-    stratum_n = np.repeat(np.arange(len(edges) - 1, dtype=np.int32), np.diff(edges))
-    share_n = np.maximum(tokens_n[order_n] / budget.S, cost_n[order_n] / (budget.N * budget.L))
-    order_n = order_n[np.lexsort((-share_n, stratum_n))]
+    for band in np.array_split(order_n, VISION_STRATA):
+        band[:] = band[np.argsort(tokens_n[band], kind="stable")]
+    edges = np.unique(np.linspace(0, len(order_n), VISION_STRATA * TOKEN_STRATA + 1).astype(np.int64))
+    for stratum in np.split(order_n, edges[1:-1]):
+        share = np.maximum(tokens_n[stratum] / budget.S, cost_n[stratum] / (budget.N * budget.L))
+        stratum[:] = stratum[np.argsort(-share, kind="stable")]
     largest_n = np.zeros(len(order_n), np.int32)
     first_n = images.offset_n[:-1][order_n]
     has = first_n < images.offset_n[1:][order_n]
     largest_n[has] = images.patches_i[images.sorted_i[first_n[has]]] >> shift
-    tokens_n, vision_n, cost_n = tokens_n[order_n], vision_n[order_n] >> shift, cost_n[order_n] >> shift
-    columns = [column.astype(np.int32) for column in (tokens_n, vision_n, largest_n, cost_n)]
-    return Pool(columns[0], columns[1], columns[2], columns[3], order_n, edges[:-1].copy(), edges[1:].copy())
+    tokens_n = tokens_n[order_n].astype(np.int32)
+    vision_n, cost_n = ((column[order_n] >> shift).astype(np.int32) for column in (vision_n, cost_n))
+    return Pool(tokens_n, vision_n, largest_n, cost_n, order_n, edges[:-1].copy(), edges[1:].copy())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import process_time
 
 import numpy as np
 import pytest
@@ -16,11 +18,11 @@ from shared.geometry import Budget
 Piece = tuple[int, list[int]]  # tokens, patches of each image
 
 
-def pack(pieces: Sequence[Piece], budget: Budget, images_per_row: int = 0) -> Packing:
+def pack(pieces: Sequence[Piece], budget: Budget, images_per_row: int = 0, seed: int = 0) -> Packing:
     offsets = np.cumsum([0, *(len(patches) for _, patches in pieces)])
     flat = np.array([count for _, patches in pieces for count in patches], np.int64)
     tokens = np.array([tokens for tokens, _ in pieces], np.int64)
-    return pack_pieces(tokens, offsets, flat, budget, images_per_row)
+    return pack_pieces(tokens, offsets, flat, budget, images_per_row, seed)
 
 
 def check(pieces: Sequence[Piece], packing: Packing, budget: Budget, images_per_row: int = 0) -> None:
@@ -175,3 +177,166 @@ def test_captioned_pictures_fill_the_scarcer_budget_almost_whole() -> None:
     check(pieces, packing, budget)
     patches = sum(n for _, (n,) in pieces)
     assert patches / (packing.num_packs * budget.N * budget.L) > 0.97
+
+
+def fewest_packs(pieces: Sequence[Piece], budget: Budget) -> int:
+    """Every way to put pieces of at most one image into packs, tried out. Rows by trying all, too."""
+
+    def rows_fit(patches: list[int], free: tuple[int, ...]) -> bool:
+        if not patches:
+            return True
+        return any(
+            free[row] >= patches[0]
+            and rows_fit(patches[1:], (*free[:row], free[row] - patches[0], *free[row + 1 :]))
+            for row in range(len(free))
+        )
+
+    def fits(members: list[Piece]) -> bool:
+        images = sorted((count for _, patches in members for count in patches), reverse=True)
+        return sum(n for n, _ in members) <= budget.S and rows_fit(images, (budget.L,) * budget.N)
+
+    best = len(pieces)
+
+    def place(number: int, packs: list[list[Piece]]) -> None:
+        nonlocal best
+        if len(packs) >= best:
+            return
+        if number == len(pieces):
+            best = len(packs)
+            return
+        for members in packs:
+            members.append(pieces[number])
+            if fits(members):
+                place(number + 1, packs)
+            members.pop()
+        place(number + 1, [*packs, [pieces[number]]])
+
+    place(0, [])
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(
+        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 10), max_size=1)), min_size=1, max_size=8
+    ),
+    rows=st.integers(1, 2),
+)
+def test_tiny_cases_take_at_most_one_pack_more_than_the_best_of_all_ways(
+    pieces: list[Piece], rows: int
+) -> None:
+    budget = Budget(S=20, N=rows, L=10)
+    packing = pack(pieces, budget)
+    check(pieces, packing, budget)
+    assert packing.num_packs <= fewest_packs(pieces, budget) + 1
+
+
+def captions_and_documents(count: int, seed: int = 0) -> list[Piece]:
+    """Seven captions of one picture to three documents of up to six; 4 patches to a token."""
+    rng = np.random.default_rng(seed)
+    pieces: list[Piece] = []
+    for document in (rng.random(count) < 0.3).tolist():
+        patches = (4 * rng.integers(20, 257, rng.integers(1, 7) if document else 1)).tolist()
+        text = rng.integers(100, 2500) if document else rng.integers(4, 60)
+        pieces.append((int(text) + sum(patches) // 4, patches))
+    return pieces
+
+
+def fills(pieces: Sequence[Piece], packing: Packing, budget: Budget) -> tuple[float, float]:
+    tokens, vision = sum(n for n, _ in pieces), sum(sum(patches) for _, patches in pieces)
+    return (
+        tokens / (packing.num_packs * budget.S),
+        vision / (packing.num_packs * budget.N * budget.L),
+    )
+
+
+def budget_for(pieces: Sequence[Piece], rows: int) -> Budget:
+    """8192 tokens, and vision rows in the ratio that the pieces have, 1 % more."""
+    ratio = sum(sum(patches) for _, patches in pieces) / sum(n for n, _ in pieces)
+    return Budget(S=8192, N=rows, L=int(8192 * ratio * 1.01 / rows) // 4 * 4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_tokens_and_patches_fill_together(rows: int) -> None:
+    pieces = captions_and_documents(6000)
+    budget = budget_for(pieces, rows)
+    packing = pack(pieces, budget)
+    check(pieces, packing, budget)
+    tokens, vision = fills(pieces, packing, budget)
+    assert tokens > 0.975 and vision > 0.965
+
+
+def test_a_budget_with_slack_is_used_evenly() -> None:
+    pieces = captions_and_documents(6000)
+    exact = budget_for(pieces, 1)
+    budget = Budget(S=exact.S, N=1, L=exact.L * 3)
+    packing = pack(pieces, budget)
+    check(pieces, packing, budget)
+    assert fills(pieces, packing, budget)[0] > 0.99
+    vision = np.zeros(packing.num_packs)
+    np.add.at(vision, packing.pack_n, [sum(patches) for _, patches in pieces])
+    # The last packs take what is left; of the others none has twice the mean.
+    assert np.percentile(vision, 98) < 2 * vision.mean()
+
+
+def test_packs_come_in_no_order_of_length_or_number_of_images() -> None:
+    pieces = captions_and_documents(6000)
+    packing = pack(pieces, budget_for(pieces, 1))
+    largest, images = np.zeros(packing.num_packs), np.zeros(packing.num_packs)
+    np.maximum.at(largest, packing.pack_n, [n for n, _ in pieces])
+    np.add.at(images, packing.pack_n, [len(patches) for _, patches in pieces])
+    number = np.arange(packing.num_packs)
+    # 3 / sqrt(packs): three deviations of chance.
+    for column in (largest, images):
+        assert abs(np.corrcoef(number, column)[0, 1]) < 3 / packing.num_packs**0.5
+
+
+def test_another_seed_gives_other_packs_as_full() -> None:
+    pieces = captions_and_documents(1500)
+    budget = budget_for(pieces, 1)
+    first, second = pack(pieces, budget, seed=1), pack(pieces, budget, seed=2)
+    check(pieces, second, budget)
+    assert (first.pack_n != second.pack_n).any()
+    assert abs(first.num_packs - second.num_packs) <= 2
+
+
+def test_windows_packed_at_the_same_time_get_the_packs_they_get_alone() -> None:
+    windows = [captions_and_documents(1500, seed) for seed in range(4)]
+    budget = budget_for(windows[0], 1)
+    alone = [pack(pieces, budget) for pieces in windows]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda pieces: pack(pieces, budget), windows))
+    for first, second in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(first.pack_n, second.pack_n)
+        np.testing.assert_array_equal(first.row_i, second.row_i)
+
+
+def test_ten_times_the_pieces_take_at_most_twenty_times_as_long() -> None:
+    pieces = captions_and_documents(5000)
+    budget = budget_for(pieces, 1)
+    pack(pieces, budget)  # compiled
+    offsets = np.cumsum([0, *(len(patches) for _, patches in pieces)])
+    tokens = np.array([n for n, _ in pieces])
+    flat = np.array([count for _, patches in pieces for count in patches])
+
+    def seconds(times: int) -> float:
+        many = np.concatenate([[0], np.cumsum(np.tile(np.diff(offsets), times))])
+        start = process_time()
+        pack_pieces(np.tile(tokens, times), many, np.tile(flat, times), budget)
+        return process_time() - start
+
+    assert seconds(40) < 20 * seconds(4)
+
+
+def test_rows_of_more_patches_than_32_bits_count_are_packed_as_well() -> None:
+    # Two of 2^40 patches fill the two rows exactly; one of 2^39 more needs another pack.
+    budget = Budget(S=100, N=2, L=1 << 40)
+    pieces: list[Piece] = [(10, [1 << 40])] * 6 + [(10, [1 << 39])]
+    packing = pack(pieces, budget)
+    check(pieces, packing, budget)
+    assert packing.num_packs == 4
+
+
+def test_an_s_beyond_what_is_counted_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"S = 1073741824 is too large to plan"):
+        pack([(5, [])], Budget(S=1 << 30, N=1, L=1))
