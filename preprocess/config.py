@@ -37,9 +37,13 @@ class ImageLimits:
     max_memory: int = 1_500_000_000
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "max_pixels", "max_bytes", "max_side", "min_side", "max_aspect", "max_memory")
+        require_at_least(
+            self, 1, "max_pixels", "max_bytes", "max_side", "min_side", "max_aspect", "max_memory"
+        )
         if self.max_side < self.min_side:
-            raise ValueError(f"max_side {self.max_side} is below min_side {self.min_side}: no picture is left")
+            raise ValueError(
+                f"max_side {self.max_side} is below min_side {self.min_side}: no picture is left"
+            )
         if not self.max_seconds > 0:
             raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}")
 
@@ -112,16 +116,23 @@ class CostConfig:
 class RayConfig:
     """Where the steps run. None of it changes a byte of the result."""
 
-    # Address of a running cluster; empty starts a local one for the time of the job.
+    # HOST:PORT or ray://HOST:PORT of a running cluster, "auto" on one of its nodes; empty starts a local one for the
+    # time of the job.
     address: str = ""
     # Processes of the local cluster; 0 takes every core.
     workers: int = 0
+    # What Ray sets aside for each: a node runs as many as its cores and its memory allow (limits.max_memory is where
+    # a worker is ended).
+    worker_memory: int = 1_500_000_000
+    # Names of variables of this process that the workers of a running cluster get, such as AWS_PROFILE. Values are
+    # not settings: they would lie beside the output.
+    forward_env: tuple[str, ...] = ()
     # Units scheduled beyond the running ones, per worker: enough to hide scheduling, few enough to stop fast.
     queued_per_worker: int = 2
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "workers")
-        require_at_least(self, 1, "queued_per_worker")
+        require_at_least(self, 1, "queued_per_worker", "worker_memory")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +180,9 @@ class PreprocessConfig:
         if not self.sources:
             raise ValueError("no source; add a table [sources.NAME] with its paths")
         if self.plan.least_repeat != 1 and not any(source.weight for source in self.sources.values()):
-            raise ValueError("plan.least_repeat is set, but no source has a weight; set repeat of the sources instead")
+            raise ValueError(
+                "plan.least_repeat is set, but no source has a weight; set repeat of the sources instead"
+            )
         if self.geometry.max_patches_per_image > self.budget.L:
             raise ValueError(
                 f"geometry.max_patches_per_image {self.geometry.max_patches_per_image} is above budget.L "

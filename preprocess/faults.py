@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ NO_ITEM = -1
 DEATHS = 2
 # Long enough to cost nothing, short enough that a decoder fills some hundred megabytes in between.
 WATCH_SECONDS = 0.03
+# How often a child looks for its worker.
+PARENT_SECONDS = 0.5
 # Exit code of a process that holds too much memory.
 OUT_OF_MEMORY = 86
 
@@ -163,9 +166,17 @@ def _describe(code: int, limits: Limits) -> str:
     return f"the process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
 
+def _end_with(parent: int) -> None:
+    """A worker that is killed, with its job or its node, leaves no child behind."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
+
+
 def run_child() -> None:
     """Run the task on standard input; its result or its exception goes to a file."""
     global _progress
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     function, unit, limits, progress, result = pickle.load(sys.stdin.buffer)
     with open(progress, "r+b") as file:
         _progress = mmap.mmap(file.fileno(), 8)
