@@ -169,6 +169,7 @@ def test_a_bomb_is_left_before_it_is_in_memory() -> None:
         (gzip.compress(b"data")[:-1], "truncated"),
         (gzip.compress(b"data") + b"more", "bad_encoding"),
     ],
+    ids=["not packed", "cut", "more behind"],  # gzip's bytes hold the time
 )
 def test_a_damaged_encoding_has_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(FetchError) as error:
