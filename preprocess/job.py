@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,14 @@ class Job:
     def scan(self, executor: Executor) -> None:
         """Write the index file of every unit that has none."""
         done = existing(unit.path for unit in self.units)
+        # A task reads its unit: the other paths, maybe 100,000, stay here. Equal settings share one reader in a worker.
+        sources = {
+            name: replace(source, paths=source.paths[:1]) for name, source in self.config.sources.items()
+        }
         tasks = [
             ScanUnit(
                 source=unit.source,
-                config=self.config.sources[unit.source],
+                config=sources[unit.source],
                 # A worker has a directory of its own.
                 unit=unit.unit if is_remote(unit.unit) else os.path.abspath(unit.unit),
                 output=unit.path.absolute(),
