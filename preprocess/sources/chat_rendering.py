@@ -118,6 +118,7 @@ def render_conversation(conversation: Conversation, template: ChatTemplate, spec
         else:
             _check_extras(conversation, template, specials)
             outline = _outline(shape, [turn.extras for turn in turns], tools, template, specials)
+            _check_tools_shown(outline, shape, conversation, template, specials)
     except TemplateError as error:
         raise ChatError("template_refuses", str(error)[:500]) from None
     return _rendering(outline, _as_shown(real, outline, turns))
@@ -173,6 +174,25 @@ def _check_extras(conversation: Conversation, template: ChatTemplate, specials: 
     )
     if found:
         raise ChatError("special_token_in_fields", f"{found.group()!r} in tools, tool calls or names")
+
+
+def _check_tools_shown(
+    outline: Outline, shape: Shape, conversation: Conversation, template: ChatTemplate, specials: Specials
+) -> None:
+    """A template that knows no tools leaves them out without a word, and calls too."""
+    extras = [turn.extras for turn in conversation.turns]
+    without = [{name: value for name, value in more.items() if name != "tool_calls"} for more in extras]
+    for what, there, changed in (
+        ("tools", conversation.tools is not None, (extras, None)),
+        ("tool_calls", without != extras, (without, conversation.tools)),
+    ):
+        try:
+            if there and _outline(shape, *changed, template, specials) == outline:
+                raise ChatError(
+                    "template_leaves_out_tools", f"{what} are not shown; take a template that does"
+                )
+        except TemplateError:
+            pass  # it cannot do without them: it shows them
 
 
 def _as_shown(real: str, outline: Outline, turns: Sequence[Turn]) -> list[str]:

@@ -276,6 +276,25 @@ def test_fields_beside_the_text_cannot_spell_special_tokens(opened: dict[str, Op
     assert refusal(opened["generation"], [{**turns[0], "name": "\ufdd3"}, turns[1]])[0] == expected[0]
 
 
+def test_tools_and_calls_that_the_template_does_not_show_are_no_silent_loss(
+    opened: dict[str, Opened], tmp_path: Path
+) -> None:
+    turns: list[Any] = messages("a", "b")
+    turns[1] |= {"tool_calls": [{"name": "look"}]}
+    assert refusal(opened["chatml"], turns) == (
+        "template_leaves_out_tools",
+        "tool_calls are not shown; take a template that does",
+    )
+    reason, detail = refusal(opened["generation"], turns, tools=[{"name": "look"}])
+    assert reason == "template_leaves_out_tools" and detail.startswith("tools are not shown")
+    # One that cannot do without them shows them.
+    needs = "{{ tools | tojson if tools else raise_exception('no tools') }}" + STYLES["generation"].template
+    probe = needs.replace("if tools", "if tools or messages | length < 3")
+    style = open_style(tmp_path / "t", Style(probe, STYLES["generation"].special))
+    [text], _ = texts_of(style, [*messages("a", "b"), *turns], tools=[{"name": "look"}])
+    assert text.text.startswith('[{"name": "look"}]<|im_start|>') and len(learned_of(text)) == 2
+
+
 def test_reasoning_needs_a_template_that_marks_it(opened: dict[str, Opened]) -> None:
     turns: list[Any] = messages("a", "b")
     turns[1]["reasoning_content"] = "Hm."
