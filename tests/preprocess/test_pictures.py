@@ -91,7 +91,7 @@ def test_links_in_the_root_are_followed(root: str) -> None:
         ("s3://bucket/a.png", "image_not_fetched"),
         ("data:image/png;base64", "image_malformed"),
         ("data:image/png,abc", "image_malformed"),
-        ("data:image/png;base64,a$b", "image_malformed"),
+        ("data:image/png;base64,QU$JD", "image_malformed"),
         ("A" * 257, "image_malformed"),
         (7, "image_malformed"),
         ([PICTURE], "image_malformed"),

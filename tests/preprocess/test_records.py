@@ -207,6 +207,12 @@ def test_items_of_a_json_list_may_end_anywhere_in_what_is_read_at_a_time(tmp_pat
     assert found == [Record(number, row) for number, row in enumerate(rows)]
 
 
+def test_a_number_in_a_json_list_may_lie_across_what_is_read_at_a_time(tmp_path: Path) -> None:
+    content = b"[" + b" " * ((1 << 20) - 3) + b"12345, {}]"
+    assert content[: 1 << 20].endswith(b" 12")
+    assert outline(read(tmp_path / "a.json", content)) == [(0, "row_not_object"), 1]
+
+
 def test_a_bad_row_of_a_csv_costs_itself(tmp_path: Path) -> None:
     content = b'name,text\na,1\nb\nc,1,2\nd,"x"y\ne,\xe9\n\nf,"2\n2"\ng,"never ends\nh,3\n'
     assert outline(read(tmp_path / "a.csv", content)) == [
@@ -290,11 +296,12 @@ def test_a_damaged_batch_of_an_arrow_file_costs_its_rows(tmp_path: Path) -> None
     table = pa.table({"text": [f"row {number}" for number in range(6)]})
     for new in (pa.ipc.new_stream, pa.ipc.new_file):
         content = arrow(new, table)
-        # Offsets 0, 5, 10 of the second batch become 0, 5, 2^24 + 10: beyond its text.
+        # Of offsets 0, 5, 10 of the second batch, the last or the one before it becomes 2^24 more: beyond its text.
         offsets = b"\0\0\0\0\5\0\0\0\n\0\0\0"
-        place = content.index(offsets, content.index(offsets) + 1) + 11
-        found = read(tmp_path / "a.arrow", content[:place] + b"\1" + content[place + 1 :])
-        assert outline(found) == [0, 1, (2, "rows_unreadable"), (3, "rows_unreadable"), 4, 5]
+        for place in (11, 7):
+            place += content.index(offsets, content.index(offsets) + 1)
+            found = read(tmp_path / "a.arrow", content[:place] + b"\1" + content[place + 1 :])
+            assert outline(found) == [0, 1, (2, "rows_unreadable"), (3, "rows_unreadable"), 4, 5]
 
 
 def test_a_batch_whose_rows_nobody_can_count_is_one_loss_and_of_a_stream_it_is_the_rest(

@@ -129,6 +129,9 @@ def read_mutated(directory: str, names: Sequence[str], examples: int) -> None:
     for number, name in enumerate(names):
         path, content = Path(directory, name), good_files()[name]
         check_file(path, content)
+        if path.suffix == ".arrow":  # no checksums, and sizes of 8 aligned bytes: the highest of each
+            for place in range(7, len(content), 8):
+                check_file(path, content[:place] + b"\x7f" + content[place + 1 :])
         # Arguments that are not given are passed on by the call.
         seed(number)(rules(given(content=mutated(content))(check_file)))(path=path)
 
