@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from preprocess.sources import lines, records
+from preprocess.sources import lines, records, tables
 from preprocess.sources.base import BadFileError
 from preprocess.sources.record import Damage, Record
 from preprocess.sources.records import container_of, keyed_records, read_records
@@ -283,6 +283,11 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
         for entry in found
         if isinstance(entry, Damage)
     )
+
+
+def test_more_lost_rows_than_the_file_has_bytes_are_one_loss() -> None:
+    assert list(tables._lost_rows(100, 3, 10**12, "x")) == [Damage(3, "rest_unreadable", "x")]
+    assert list(tables._lost_rows(100, 3, 2, "x")) == [Damage(n, "rows_unreadable", "x") for n in (3, 4)]
 
 
 def test_a_text_of_a_table_that_is_no_utf8_costs_its_row(tmp_path: Path) -> None:

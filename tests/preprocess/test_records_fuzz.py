@@ -149,7 +149,7 @@ def run_child(directory: Path, names: Sequence[str], examples: int) -> None:
 
 
 def test_mutated_files_lose_rows_and_nothing_else(tmp_path: Path) -> None:
-    run_child(tmp_path, list(good_files()), 40)
+    run_child(tmp_path, list(good_files()), 25)
 
 
 @pytest.mark.slow
