@@ -194,6 +194,7 @@ def test_a_picture_that_has_another_size_than_at_the_scan_is_rejected(tmp_path: 
     assert (reject["key"], reject["detail"]) == ("b", "9 x 16 pixels, 16 x 9 in the scan")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_the_decode_has_the_limits_of_the_config(tmp_path: Path) -> None:
     path = write_samples(tmp_path / "a.tar", {"a": (png(8, 8), "one"), "b": (png(9, 9), "two")})
     job = Job(make_config(tmp_path, path))
