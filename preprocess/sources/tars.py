@@ -25,6 +25,7 @@ import xxhash
 from preprocess.inputs import Local, open_input
 from preprocess.sources.base import BadFileError
 from preprocess.sources.record import is_damage
+from shared.remote import shown
 
 # Tars are written key by key. 64 is for writers that run a few keys at a time; 256 MiB hold that many large pictures.
 WINDOW_KEYS = 64
@@ -262,7 +263,7 @@ def _open_tar(unit: str, file: _HeaderFile | _Stream) -> tarfile.TarFile:
         fault = (file.damage if isinstance(file, _Stream) else "") or str(error)
         raise BadFileError(
             "file_unreadable",
-            f"{unit}: not a readable tar ({fault}), plain or packed with gzip or zstd; get it again",
+            f"{shown(unit)}: not a readable tar ({fault}), plain or packed with gzip or zstd; get it again",
         ) from None
 
 
