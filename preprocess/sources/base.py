@@ -30,6 +30,7 @@ class BadFileError(UserError):
 class SourceConfig:
     """One named table under [sources]: where samples come from and what happens to the odd ones."""
 
+    # Files, patterns of files, or URIs of both: s3://, gs://, hf://; https:// for single files.
     paths: tuple[str, ...]
     # What happens to a sample that does not fit one pack: cut at token borders, or rejected by name of budget.
     too_long: Literal["split", "reject"] = "reject"
