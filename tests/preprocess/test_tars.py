@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from preprocess.job import run_job
 from preprocess.samples import Media, Missing, RawSample, Reject
+from preprocess.sources import tars
 from preprocess.sources.base import BadFileError, SourceContext
 from preprocess.sources.tars import WINDOW_KEYS
 from preprocess.sources.webdataset import WebDataset, WebDatasetConfig
@@ -205,6 +206,21 @@ def test_members_of_a_key_further_apart_than_the_window_are_rejected_and_nearer_
     assert len(contents(entries)) == WINDOW_KEYS + 1
     assert reasons(entries) == {("a", "no_image"): 1, ("a", "members_apart"): 1, ("n000", "duplicate_key"): 1}
     assert contents(entries)["n000"] == (b"p", "x")  # the first of the two
+
+
+def test_the_window_closes_early_when_more_bytes_wait_than_it_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "WINDOW_BYTES", 2500)
+    pictures = [(f"{key}.png", key.encode() * 1000) for key in "abcd"]
+    captions = [(f"{key}.txt", b"x") for key in "abcd"]
+    plain = write_tar(tmp_path / "a.tar", [*pictures, *captions]).read_bytes()
+    entries = scan(packed(tmp_path / "b.tar", plain, "zstd"))
+    # a goes when c comes, b when d comes: 2000 bytes wait at most. c and d get their captions.
+    assert list(contents(entries)) == ["c", "d"]
+    assert reasons(entries) == {
+        (key, reason): 1 for key in "ab" for reason in ("no_caption", "members_apart")
+    }
 
 
 def test_a_giant_member_is_read_past_in_little_memory(tmp_path: Path) -> None:
