@@ -8,7 +8,7 @@ Both budgets fill together because of four rules, each found by trying (benchmar
   aim, so the right mixture is the diagonal, whatever the ratio of the two budgets.
 - *Direction.* After the largest piece left, each step takes the piece after which tokens and patches lack the
   same share of the aim; among equals, the larger. Big pieces go early, small ones are left to fill gaps.
-- *Pairs.* As soon as two pieces can finish the pack, the pair that leaves least is searched: 32 first pieces,
+- *Pairs.* As soon as two pieces can finish the pack, the pair that leaves least is searched: 16 first pieces,
   and for each the best second of all strata. The search is repeated at each step and the best end is taken.
 - *Price.* What packs have left empty too often becomes dearer, so that the pool keeps its mixture to the end.
 

@@ -119,6 +119,14 @@ BUDGET = Budget(S=100, N=3, L=48)  # none a power of two
         pytest.param([(60, [48]), (40, [48, 48])] * 4, BUDGET, 0, 4, id="pairs that fit exactly"),
         # Tokens and patches pull apart: 90 tokens with an image of 4, 10 tokens with three of 44.
         pytest.param([(90, [4]), (10, [44] * 3)] * 4, BUDGET, 0, 4, id="complements"),
+        # Largest first is 5 + 4 and 4 + 3 + 2, and no row for the last 2; in document order both rows are full.
+        pytest.param(
+            [(6, [5, 3, 2, 4, 4, 2])], Budget(S=10, N=2, L=10), 0, 1, id="rows full in document order"
+        ),
+        # 0.4 % of the tokens are left after the giant: too little to search for, but enough for the rest.
+        pytest.param(
+            [(996, [])] + [(1, [])] * 4, Budget(S=1000, N=1, L=1), 0, 1, id="crumbs in the last pack"
+        ),
         pytest.param([(1, [1])] * 7, Budget(S=3, N=1, L=3), 0, 3, id="a pack of three"),
         pytest.param([(1, [1])] * 3, Budget(S=1, N=1, L=1), 0, 3, id="a pack of one"),
     ],
