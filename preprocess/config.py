@@ -71,6 +71,37 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VideoConfig:
+    """Which frames of a video are taken, what it may cost, and which videos are not decoded."""
+
+    # Frames per second of video, at least and at most so many; rounded to whole temporal patches.
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 32
+    # Shared by all frames of a video, which lies in one vision row. 0: as many as a picture may have.
+    max_patches_per_video: int = 0
+    max_seconds_of_video: float = 600.0
+    # A worker holds a whole file, and the compressed pictures in it once more.
+    max_bytes: int = 128 << 20
+    # Of one frame as stored; 4096 x 2160. Decoders hold up to 17 frames.
+    max_pixels: int = 8_847_360
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "min_frames", "max_frames", "max_bytes", "max_pixels")
+        require_at_least(self, 0, "max_patches_per_video")
+        if not 0 < self.fps < math.inf or not 0 < self.max_seconds_of_video < math.inf:
+            raise ValueError(
+                f"fps and max_seconds_of_video must be above 0, got {self.fps} and {self.max_seconds_of_video}"
+            )
+        if self.max_frames < self.min_frames:
+            raise ValueError(f"max_frames {self.max_frames} is below min_frames {self.min_frames}")
+
+    def patch_cap(self, geometry: Geometry) -> int:
+        """The most patches of one video."""
+        return self.max_patches_per_video or geometry.max_patches_per_image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
     """How samples are grouped into packs and packs into shards."""
 
@@ -159,6 +190,7 @@ class PreprocessConfig:
     tokens: TokenNames = field(default_factory=TokenNames)
     limits: ImageLimits = field(default_factory=ImageLimits)
     images: ImageConfig = field(default_factory=ImageConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     ray: RayConfig = field(default_factory=RayConfig)
@@ -187,6 +219,12 @@ class PreprocessConfig:
             raise ValueError(
                 f"geometry.max_patches_per_image {self.geometry.max_patches_per_image} is above budget.L "
                 f"{self.budget.L}: an image must fit one vision row"
+            )
+        cap = self.video.patch_cap(self.geometry)
+        if not self.geometry.patches_per_token <= cap <= self.budget.L:
+            raise ValueError(
+                f"video.max_patches_per_video {cap} must lie between one cell of {self.geometry.patches_per_token} "
+                f"patches and budget.L {self.budget.L}: a video must fit one vision row"
             )
         blob = self.budget.N * self.budget.L * self.geometry.values_per_patch
         if blob >= MAX_BLOB_BYTES:

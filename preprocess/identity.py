@@ -1,6 +1,6 @@
 """Whose work lies in an output directory: what each pass depends on, kept beside what it wrote.
 
-    index/identity.json   inputs, tokenizer, geometry, limits, library versions   a change makes all again
+    index/identity.json   inputs, tokenizer, geometry, limits, video, library versions   a change makes all again
     plan/identity.json    all that, budget, packing rules and seed                a change keeps the index
 
 An input is known by its path, size and time of change. Work of another identity is refused, or thrown away
@@ -36,7 +36,7 @@ def scan_identity(
     # Ceilings stop a job and rules cut samples later: neither changes what the scan writes.
     later = ("max_reject_rate", "too_long", "repeat", "weight")
     return {
-        **{key: settings[key] for key in ("geometry", "tokens", "limits")},
+        **{key: settings[key] for key in ("geometry", "tokens", "limits", "video")},
         "sources": {
             name: {key: value for key, value in source.items() if key not in later}
             for name, source in settings["sources"].items()
@@ -62,7 +62,7 @@ def _inputs(config: PreprocessConfig, units: Sequence[IndexedUnit]) -> list[list
 def made_by() -> dict[str, str]:
     """Versions of what decides the bytes of a data set."""
     found = {"python": platform.python_version(), "format": str(FORMAT_VERSION)}
-    names = "parquetry pyarrow numpy torch pillow simplejpeg tokenizers jinja2 zstandard"
+    names = "parquetry pyarrow numpy torch pillow av simplejpeg tokenizers jinja2 zstandard"
     for name in names.split():
         try:
             found[name] = version(name)

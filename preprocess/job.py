@@ -125,6 +125,7 @@ class Job:
                 tokens=self.config.tokens,
                 geometry=self.config.geometry,
                 limits=self.config.limits,
+                video=self.config.video,
                 hash_content=self.config.plan.duplicates != "ignore",
             )
             for unit in self.units
@@ -173,6 +174,7 @@ class Job:
             geometry=self.config.geometry,
             limits=self.config.limits,
             images=self.config.images,
+            video=self.config.video,
             cost=self.config.cost,
             fingerprint=fingerprint_of(self.contract),
             codec=self.config.codec,

@@ -21,15 +21,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from preprocess.config import CostConfig, ImageConfig, ImageLimits
+from preprocess.config import CostConfig, ImageConfig, ImageLimits, VideoConfig
 from preprocess.cost import pack_cost
 from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, load_image
 from preprocess.index import media_file, token_file
 from preprocess.inputs import Read, read_ahead
 from preprocess.plan import read_shard_plan
-from preprocess.samples import STORE, TEXT, IndexSegment, Place, Reject
+from preprocess.samples import STORE, TEXT, VIDEO, IndexSegment, Place, Reject
 from preprocess.stream import image_starts, token_stream
+from preprocess.video import load_video
 from shared.codecs import ImageEncoder, image_encoder, store_patches
 from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
@@ -37,6 +38,9 @@ from shared.remote import is_remote
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
 from shared.tokens import TokenIds, Tokens
+
+# A video may take this many times longer than a picture.
+VIDEO_PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class PackTask:
     geometry: Geometry
     limits: ImageLimits
     images: ImageConfig
+    video: VideoConfig
     cost: CostConfig
     fingerprint: str
     codec: str
@@ -256,7 +261,7 @@ def _packed_piece(
 def _load_frames(
     piece: Piece, segment: IndexSegment, task: PackTask, read: Read, number: int
 ) -> npt.NDArray[np.uint8]:
-    """The picture as frames of a temporal patch: a still one fills all of them.
+    """uint8 [t * pt, h * p, w * p, 3]: a still picture fills all frames of its temporal patch.
 
     Raises:
         ImageError: it cannot be decoded, or killed a worker.
@@ -264,10 +269,22 @@ def _load_frames(
     if detail := task.crashed.get(number):
         raise ImageError("crashed", detail)
     data = read(task.place_of(piece, segment))
+    size = (segment.height, segment.width)
+    if segment.kind == VIDEO:
+        begin(number, VIDEO_PATIENCE)
+        return load_video(
+            data,
+            size=size,
+            grid=(segment.t, segment.h, segment.w),
+            geometry=task.geometry,
+            limits=task.limits,
+            config=task.video,
+            background=task.images.background_rgb,
+        )
     begin(number)
     frame = load_image(
         data,
-        size=(segment.height, segment.width),
+        size=size,
         grid=(segment.h, segment.w),
         geometry=task.geometry,
         limits=task.limits,
@@ -301,7 +318,9 @@ def _assemble(
     table, patches_XP = _assemble_vision(images, task.geometry)
     stored = store_patches(patches_XP, table, encode)
     lengths = [document.length for document in documents]
-    cost = pack_cost(lengths, (image.patches for image, _ in images), task.cost)
+    # Attention is inside a frame.
+    frames = (image.h * image.w for image, _ in images for _ in range(image.t))
+    cost = pack_cost(lengths, frames, task.cost)
     return Pack(tokens_S, labels_S, positions_S, stored, table, cost), documents
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 
-from preprocess.config import AnySource, ImageLimits
+from preprocess.config import AnySource, ImageLimits, VideoConfig
 from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, read_header
 from preprocess.index import IndexWriter, ScannedSample, open_index
@@ -25,6 +25,7 @@ from preprocess.samples import (
     IMAGE,
     STORE,
     TEXT,
+    VIDEO,
     IndexSegment,
     Media,
     Missing,
@@ -35,6 +36,7 @@ from preprocess.samples import (
 from preprocess.sources import open_source
 from preprocess.sources.base import SourceContext
 from preprocess.text import TextError, encode_texts
+from preprocess.video import num_temporal_patches, patches_per_frame, read_video_header
 from shared.geometry import Geometry, resize_grid, visual_tokens
 from shared.tokens import TextTokenizer, TokenNames, Tokens, load_tokenizer
 
@@ -62,6 +64,7 @@ class ScanUnit:
     tokens: TokenNames
     geometry: Geometry
     limits: ImageLimits
+    video: VideoConfig
     hash_content: bool
     # Set when a worker died of this unit: what to leave out (`preprocess.faults`), by number of `_draw`.
     crashed: dict[int, str] | None = None
@@ -77,7 +80,9 @@ def scan_unit(task: ScanUnit) -> dict[str, Any]:
         UserError: the unit or the tokenizer cannot be read.
     """
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
-    context = SourceContext(task.source, task.tokenizer, task.tokens, task.limits.max_bytes)
+    context = SourceContext(
+        task.source, task.tokenizer, task.tokens, task.limits.max_bytes, task.video.max_bytes
+    )
     source = open_source(task.config, context)
     with open_index(task.output) as index:
         for batch in _batches(_draw(source.scan(task.unit), task), task.crashed is not None):
@@ -85,7 +90,7 @@ def scan_unit(task: ScanUnit) -> dict[str, Any]:
             # One sample at a time where one of them is to be found: its whole way is then under its number.
             begin(2 * batch[0][0] + 1 if task.crashed is not None else NO_ITEM)
             _tokenize(drafts, task, tokenizer)
-            _fit_images(drafts, task.geometry)
+            _fit_images(drafts, task.geometry, task.video)
             for draft in drafts:
                 _write(draft, task, index)
             begin(NO_ITEM)
@@ -187,19 +192,24 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
 
 
 def _add_text(draft: _Draft, text: Text, separator: str) -> None:
-    """Texts that nothing separates become one."""
-    if draft.segments and draft.segments[-1].kind == TEXT and not (text.special or text.learned):
+    """Plain texts that nothing separates become one; those with spans of their own stay as they are."""
+    if draft.segments and draft.segments[-1].kind == TEXT:
         before = draft.texts[-1]
-        draft.texts[-1] = replace(before, text=before.text + separator + text.text)
-        return
+        if _is_plain(before) and _is_plain(text):
+            draft.texts[-1] = replace(before, text=before.text + separator + text.text)
+            return
     draft.segments.append(IndexSegment(TEXT, "", 0, 0, 0))
     draft.texts.append(text)
+
+
+def _is_plain(text: Text) -> bool:
+    return text.learned is None and not text.special
 
 
 def _measure(
     raw: Media | Missing, task: ScanUnit, index: IndexWriter, digest: xxhash.xxh3_64
 ) -> IndexSegment:
-    """The segment of a picture: its size, and where its bytes lie.
+    """The segment of a picture or a video: its size, t, and where its bytes lie.
 
     Raises:
         ImageError: it is not there, or not usable.
@@ -208,18 +218,32 @@ def _measure(
         raise ImageError(raw.reason, raw.detail)
     file, data = raw.file, None
     size = file.seek(0, io.SEEK_END)
-    if (task.hash_content or raw.place is None) and size <= task.limits.max_bytes:
+    most = task.video.max_bytes if raw.kind == VIDEO else task.limits.max_bytes
+    if (task.hash_content or raw.place is None) and size <= most:
         file.seek(0)
         data = file.read()  # once, for header, hash and store
         file = io.BytesIO(data)
         digest.update(b"media")
         digest.update(data)
-    header = read_header(file, limits=task.limits)
+    height, width, t = _displayed(file, raw.kind, task)
     if raw.place is None:
         assert data is not None, "a picture of too many bytes was rejected by its header"
-        return IndexSegment(IMAGE, STORE, index.store(data), size, 0, header.height, header.width)
+        return IndexSegment(raw.kind, STORE, index.store(data), size, 0, height, width, t)
     place = raw.place
-    return IndexSegment(IMAGE, place.file, place.offset, place.size, 0, header.height, header.width)
+    return IndexSegment(raw.kind, place.file, place.offset, place.size, 0, height, width, t)
+
+
+def _displayed(file: BinaryIO, kind: int, task: ScanUnit) -> tuple[int, int, int]:
+    """Height, width and t of a picture or a video.
+
+    Raises:
+        ImageError: it is not usable.
+    """
+    if kind == IMAGE:
+        picture = read_header(file, limits=task.limits)
+        return picture.height, picture.width, 1
+    video = read_video_header(file, limits=task.limits, config=task.video)
+    return video.height, video.width, num_temporal_patches(video, task.video, task.geometry)
 
 
 def _tokenize(drafts: Sequence[_Draft], task: ScanUnit, tokenizer: TextTokenizer) -> None:
@@ -238,18 +262,22 @@ def _tokenize(drafts: Sequence[_Draft], task: ScanUnit, tokenizer: TextTokenizer
             draft.failed = Reject(task.source, draft.key, "text_without_tokens", detail)
 
 
-def _fit_images(drafts: Sequence[_Draft], geometry: Geometry) -> None:
-    """Grids of all pictures of a batch, in one computation."""
+def _fit_images(drafts: Sequence[_Draft], geometry: Geometry, config: VideoConfig) -> None:
+    """Grids of all pictures and videos of a batch, in one computation."""
     alive = [draft for draft in drafts if draft.failed is None]
-    images = [segment for draft in alive for segment in draft.segments if segment.kind == IMAGE]
+    images = [segment for draft in alive for segment in draft.segments if segment.kind != TEXT]
+    caps = [
+        patches_per_frame(s.t, config, geometry) if s.kind == VIDEO else geometry.max_patches_per_image
+        for s in images
+    ]
     sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
-    grids = iter(resize_grid(sizes[:, 0], sizes[:, 1], geometry).tolist())
+    grids = iter(resize_grid(sizes[:, 0], sizes[:, 1], geometry, np.array(caps, np.int64)).tolist())
 
     def fitted(segment: IndexSegment) -> IndexSegment:
-        if segment.kind != IMAGE:
+        if segment.kind == TEXT:
             return segment
         h, w = next(grids)
-        return replace(segment, tokens=visual_tokens(1, h, w, geometry.merge) + 2, t=1, h=h, w=w)
+        return replace(segment, tokens=visual_tokens(segment.t, h, w, geometry.merge) + 2, h=h, w=w)
 
     for draft in alive:
         draft.segments = [fitted(segment) for segment in draft.segments]

@@ -72,8 +72,9 @@ class SourceContext:
     name: str
     tokenizer: Path
     tokens: TokenNames
-    # Beyond it a picture is rejected by its size: what has to hold contents in memory need not hold such.
+    # Beyond it a picture or a video is rejected by its size: what has to hold contents in memory need not hold such.
     max_media_bytes: int = 64 << 20
+    max_video_bytes: int = 128 << 20
 
 
 class Source(Protocol):
