@@ -25,7 +25,8 @@ from tests.preprocess.inputs import make_config, mixed_samples, write_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Python runs this at its start: a process that is about to give a file its name kills the job's main process.
+# Python runs this at its start: a process that is about to give a file its name kills the job's main process, and
+# itself, where it is a worker.
 KILLER = """
 import os, re, signal
 os.environ.setdefault("MAIN_PROCESS", str(os.getpid()))
@@ -34,6 +35,7 @@ pattern, replace = re.compile(os.environ["KILL_AT"]), os.replace
 def replace_or_kill(source, destination, **options):
     if pattern.search(str(destination)):
         os.kill(int(os.environ["MAIN_PROCESS"]), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
     replace(source, destination, **options)
 
 os.replace = replace_or_kill
