@@ -131,13 +131,14 @@ def segment_offsets(segments: pa.ListArray) -> Ints:
 def _count(block: pa.Table, unit: PlanUnit, begin: int, settings: PlanSettings) -> tuple[int, int, int]:
     """Train pieces, validation pieces and train tokens of one use of a block."""
     tokens = sample_tokens(block["segments"].combine_chunks(), settings.ids)
-    usable = kept_rows(settings.dropped, unit.first_row + begin, len(block))
-    if settings.too_long[unit.source] == "reject":
-        usable &= tokens <= settings.budget.S
-    validation = is_validation(block["key_hash"].to_numpy(), settings.config.validation_fraction)
     pieces = -(-tokens // settings.budget.S)
-    train = usable & ~validation
-    return int(pieces[train].sum()), int(pieces[usable & validation].sum()), int(tokens[train].sum())
+    if settings.too_long[unit.source] == "reject":
+        # A window must read it all the same, to tell that it is rejected.
+        tokens, pieces = np.where(pieces > 1, 0, tokens), np.ones_like(pieces)
+    kept = kept_rows(settings.dropped, unit.first_row + begin, len(block))
+    validation = is_validation(block["key_hash"].to_numpy(), settings.config.validation_fraction)
+    train = kept & ~validation
+    return int(pieces[train].sum()), int(pieces[kept & validation].sum()), int(tokens[train].sum())
 
 
 def _lengths(samples: pa.ListArray) -> dict[str, Ints]:

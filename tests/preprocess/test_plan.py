@@ -160,6 +160,20 @@ def test_what_may_not_be_cut_is_rejected_by_the_name_of_the_budget(
     }
 
 
+def test_a_block_of_nothing_but_rejects_is_told_sample_by_sample(tmp_path: Path) -> None:
+    # 1100 samples: two blocks, one in which all are too long, in both splits.
+    samples = {f"{n:04d}": [text(80 if n < 1024 else 8)] for n in range(1100)}
+    planned = plan(tmp_path, {"chat": samples}, too_long="reject", validation_fraction=0.3, window=400)
+    assert {reject["key"] for reject in planned.rejects} == {key for key in samples if key < "1024"}
+    assert len(planned.rejects) == 1024 and planned.summary["sources"]["chat"]["rejected"] == {
+        "exceeds_S": 1024
+    }
+    assert planned.counts("chat") == (76, 0, 0)
+    assert planned.summary["mixture"]["chat"]["tokens_once"] == 10 * sum(
+        piece["split"] == "train" for piece in planned.pieces
+    )
+
+
 @pytest.mark.parametrize(
     ("segments", "budget", "reason"),
     [
