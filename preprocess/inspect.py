@@ -109,7 +109,7 @@ def _folded_text(tokens: np.ndarray[Any, Any], tokenizer: TextTokenizer) -> str:
 
 def describe_pack(record: Record, dataset: DataSet, sample: str = "") -> list[str]:
     """The record as lines for a person; only the document `sample` and its images when a key is given."""
-    budget = dataset.budget
+    budget, pt = dataset.budget, dataset.geometry.temporal_patch_size
     lines = [
         f"pack {record['pack']} of split {record['split']}: row {record['row']} of {record['shard']}",
         f"  {record['tokens']} of {budget.S} tokens, {record['labels']} with a label; "
@@ -128,8 +128,9 @@ def describe_pack(record: Record, dataset: DataSet, sample: str = "") -> list[st
         for image in record["images"]:
             if start <= image["token_start"] < end:
                 last = image["offset"] + image["t"] * image["h"] * image["w"]
+                kind = f"video, {image['t'] * pt} frames," if image["t"] > 1 else "image"
                 lines.append(
-                    f"    image of {image['t']} x {image['h']} x {image['w']} patches: vision row {image['row']}, "
+                    f"    {kind} of {image['t']} x {image['h']} x {image['w']} patches: vision row {image['row']}, "
                     f"patches [{image['offset']}, {last}); tokens [{image['token_start']}, "
                     f"{image['token_start'] + image['tokens']}); {image['nbytes']:,} bytes"
                 )

@@ -152,8 +152,10 @@ def _label_faults(
 def _image_faults(pack: Pack, dataset: DataSet) -> Iterator[str]:
     images, budget, geometry = pack.images, dataset.budget, dataset.geometry
     patches = images["t"].astype(np.int64) * images["h"] * images["w"]
-    if (patches > geometry.max_patches_per_image).any() or (np.minimum(images["h"], images["w"]) < 1).any():
-        yield f"an image has more than {geometry.max_patches_per_image} patches, or none"
+    frames = images["h"].astype(np.int64) * images["w"]
+    least = np.minimum(np.minimum(images["h"], images["w"]), images["t"])
+    if (frames > geometry.max_patches_per_image).any() or (least < 1).any():
+        yield f"an image or a frame has more than {geometry.max_patches_per_image} patches, or none"
     if dataset.codec == "raw" and (images["nbytes"] != patches * geometry.values_per_patch).any():
         yield "an image's bytes are not its patches times P"
     if len(images) and (images["row"].min() < 0 or images["row"].max() >= budget.N):

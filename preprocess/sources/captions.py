@@ -1,4 +1,4 @@
-"""Captioned pictures in a table: a column of pictures and a column of captions.
+"""Captioned pictures or videos in a table: a column of them and a column of captions.
 
 CSV, TSV, JSON lines, Parquet, Arrow, or a folder that `datasets.save_to_disk` wrote; a picture is whatever
 `pictures.picture` knows: bytes, a path, both.
@@ -12,7 +12,7 @@ from typing import Literal
 
 from preprocess.samples import RawSample, Reject
 from preprocess.sources.base import SourceConfig, SourceContext
-from preprocess.sources.pictures import picture, picture_root
+from preprocess.sources.pictures import picture, picture_root, video
 from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
 from preprocess.sources.records import Value, keyed_records
 from preprocess.sources.saved import expand_tables
@@ -20,14 +20,16 @@ from preprocess.sources.saved import expand_tables
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionsConfig(SourceConfig):
-    """Captioned pictures in tables."""
+    """Captioned pictures or videos in tables."""
 
     format: Literal["captions"] = "captions"
     # Columns of picture, caption and key; without a key column the key is NAME#ROW.
     image: str = "image"
     caption: str = "caption"
     key: str = ""
-    # Where paths of pictures begin: a folder, absolute or relative to the table's own. No path leads out of it.
+    # Column of videos; where it is named, there is no column of pictures. {image} of the prompt is the video.
+    video: str = ""
+    # Where paths begin: a folder, absolute or relative to the table's own. No path leads out of it.
     image_root: str = ""
     # What a sample looks like, {image} and {caption} once each; its own words are learned only if told so.
     prompt: str = IMAGE_THEN_CAPTION
@@ -42,7 +44,7 @@ class CaptionsConfig(SourceConfig):
 
 
 class Captions:
-    """A source of captioned pictures in tables."""
+    """A source of captioned pictures or videos in tables."""
 
     def __init__(self, config: CaptionsConfig, context: SourceContext) -> None:
         self._config, self._name = config, context.name
@@ -53,7 +55,7 @@ class Captions:
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
         config = self._config
         root = picture_root(unit, config.image_root)
-        columns = [name for name in (config.image, config.caption, config.key) if name]
+        columns = [name for name in (config.video or config.image, config.caption, config.key) if name]
         for row in keyed_records(self._name, unit, columns, config.key):
             yield row if isinstance(row, Reject) else self._sample(*row, root)
 
@@ -65,6 +67,7 @@ class Captions:
             return Reject(self._name, key, "no_caption", f"{config.caption!r} is {kind}, expected text")
         if not caption.strip():
             return Reject(self._name, key, "caption_empty", f"{len(caption)} characters of white space")
-        image = picture(value.get(config.image), root)
+        named = value.get(config.video or config.image)
+        image = video(named, root) if config.video else picture(named, root)
         segments = fill_prompt(config.prompt, image, caption.strip(), learn_prompt=config.learn_prompt)
         return RawSample(key, segments)

@@ -17,10 +17,11 @@ import os
 import posixpath
 import re
 import stat
+from dataclasses import replace
 from typing import Any, cast
 
 from preprocess.inputs import Span
-from preprocess.samples import IMAGE, Media, Missing, Place
+from preprocess.samples import IMAGE, VIDEO, Media, Missing, Place
 from shared import remote
 from shared.errors import UserError
 from shared.remote import is_remote
@@ -51,6 +52,14 @@ def picture(value: Any, root: str) -> Media | Missing:
     if isinstance(value, bytes):
         return Media(IMAGE, cast(Any, io.BytesIO(value)), None)
     return _named(value, root) if isinstance(value, str) else _malformed(value)
+
+
+def video(value: Any, root: str) -> Media | Missing:
+    """The video that a value means, in the ways that a picture is named."""
+    found = picture(value, root)
+    if isinstance(found, Missing):
+        return replace(found, reason=found.reason.replace("image_", "video_", 1))
+    return replace(found, kind=VIDEO)
 
 
 def _malformed(value: object) -> Missing:

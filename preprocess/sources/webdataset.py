@@ -1,6 +1,7 @@
 """webdataset tars: the members of one key (path up to the first dot of the name) are one sample.
 
     000000001.jpg  000000001.txt  000000001.json   ->   [image, caption]
+    000000002.mp4  000000002.txt                   ->   [video, caption]
 
 The scan walks the tar headers and reads the captions; a picture's place in the tar is its own, and the pack
 reads it from there. Tars packed with gzip or zstd have no places: they are read through, and their pictures are
@@ -18,7 +19,7 @@ from typing import Literal
 
 from preprocess.faults import NO_ITEM, begin
 from preprocess.inputs import Local, Span, expand_paths, local_copy, read_range
-from preprocess.samples import IMAGE, Media, Missing, Place, RawSample, Reject
+from preprocess.samples import IMAGE, VIDEO, Media, Missing, Place, RawSample, Reject
 from preprocess.sources.base import SourceConfig, SourceContext
 from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
 from preprocess.sources.tars import (
@@ -34,6 +35,7 @@ from shared.remote import shown
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif jp2 j2k ppm pgm ico heic heif".split()
 )
+VIDEO_EXTENSIONS = frozenset("mp4 m4v mov webm mkv avi".split())
 
 # A text takes 120 times its size while it is tokenized (measured with a BPE of 8192): half a gigabyte.
 MAX_CAPTION_BYTES = 4 << 20
@@ -41,12 +43,12 @@ MAX_CAPTION_BYTES = 4 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WebDatasetConfig(SourceConfig):
-    """Captioned images in tars."""
+    """Captioned images and videos in tars."""
 
     format: Literal["webdataset"] = "webdataset"
     # "txt": the .txt member. "json:FIELD": a field of the .json member.
     caption: str = "txt"
-    # What a sample looks like, {image} and {caption} once each; its own words are learned only if told so.
+    # What a sample looks like, {image} (picture or video) and {caption} once each; other words are learned if told so.
     prompt: str = IMAGE_THEN_CAPTION
     learn_prompt: bool = False
     # A caption longer than a pack is no caption, and cut off from its picture it teaches nothing: too_long stays
@@ -60,11 +62,14 @@ class WebDatasetConfig(SourceConfig):
 
 
 class WebDataset:
-    """A source of captioned images in tars (USTAR, PAX, GNU), plain or packed with gzip or zstd."""
+    """A source of captioned images and videos in tars (USTAR, PAX, GNU), plain or packed with gzip or zstd."""
 
     def __init__(self, config: WebDatasetConfig, context: SourceContext) -> None:
         self._name, self._paths = context.name, config.paths
-        self._max_media_bytes = context.max_media_bytes
+        self._max_bytes = {
+            **dict.fromkeys(IMAGE_EXTENSIONS, context.max_media_bytes),
+            **dict.fromkeys(VIDEO_EXTENSIONS, context.max_video_bytes),
+        }
         self._prompt, self._learn_prompt = config.prompt, config.learn_prompt
         self._field = config.caption.partition(":")[2]
         self._caption = "json" if self._field else "txt"
@@ -91,15 +96,13 @@ class WebDataset:
 
     def _wanted(self, extension: str) -> int:
         """Up to which size a member of a stream is kept."""
-        if extension in IMAGE_EXTENSIONS:
-            return self._max_media_bytes
-        return MAX_CAPTION_BYTES if extension == self._caption else -1
+        return self._max_bytes.get(extension, MAX_CAPTION_BYTES if extension == self._caption else -1)
 
     def _sample(self, unit: str, file: Local | None, group: Group) -> RawSample | Reject:
         """`file`: the content of `unit` on this machine; None for a stream, whose members carry theirs."""
         if group.fault == "repeated":
             return self._reject(group.key, "duplicate_key", "the tar holds this key twice; the first is used")
-        images = [member for name, member in group.members.items() if name in IMAGE_EXTENSIONS]
+        images = [(name, member) for name, member in group.members.items() if name in self._max_bytes]
         caption = group.members.get(self._caption)
         if group.fault == "late":
             reason = "duplicate_key" if images and caption else "members_apart"
@@ -127,18 +130,19 @@ class WebDataset:
             return self._reject(group.key, "no_caption", f"no text field {error} in the .json member")
         if not text.strip():
             return self._reject(group.key, "caption_empty", f"{caption.size} bytes of white space")
-        picture = self._picture(unit, file, images[0])
+        picture = self._media(unit, file, *images[0])
         segments = fill_prompt(self._prompt, picture, text, learn_prompt=self._learn_prompt)
         return RawSample(group.key, segments)
 
-    def _picture(self, unit: str, file: Local | None, member: Member) -> Media | Missing:
+    def _media(self, unit: str, file: Local | None, extension: str, member: Member) -> Media | Missing:
+        kind = VIDEO if extension in VIDEO_EXTENSIONS else IMAGE
         if file is not None:
             place = Place(unit, member.offset, member.size)
-            return Media(IMAGE, Span(file, member.offset, member.size), place)
+            return Media(kind, Span(file, member.offset, member.size), place)
         if member.data is None:
-            detail = f"{member.size} bytes, limit {self._max_media_bytes}"
-            return Missing("image_too_many_bytes", detail)
-        return Media(IMAGE, io.BytesIO(member.data), None)
+            detail = f"{member.size} bytes, limit {self._max_bytes[extension]}"
+            return Missing(f"{'video' if kind == VIDEO else 'image'}_too_many_bytes", detail)
+        return Media(kind, io.BytesIO(member.data), None)
 
     def _text(self, data: bytes) -> str:
         """The caption in a member's bytes, without a byte order mark and outer white space."""

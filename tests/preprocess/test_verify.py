@@ -326,10 +326,20 @@ PLACES = "image tokens are not where the images column says"
             "an image's bytes are not its patches times P",
             id="h",
         ),
-        pytest.param(image_field("h", 0), "an image has more than 16 patches, or none", id="no patch"),
+        pytest.param(
+            image_field("h", 0), "an image or a frame has more than 16 patches, or none", id="no patch"
+        ),
+        pytest.param(
+            image_field("t", 0), "an image or a frame has more than 16 patches, or none", id="no frame"
+        ),
         pytest.param(image_field("w", 3), "an image's grid is not a multiple of m = 2", id="odd grid"),
         pytest.param(
-            image_field("t", 9), "an image has more than 16 patches, or none", id="too many patches"
+            image_field("h", 10),
+            "an image or a frame has more than 16 patches, or none",
+            id="too many patches",
+        ),
+        pytest.param(
+            image_field("t", 9), "images do not lie one after another within L = 32", id="too many frames"
         ),
     ],
 )
