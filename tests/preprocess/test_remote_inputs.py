@@ -221,6 +221,8 @@ def test_a_web_server_without_ranges_is_refused_before_anything_is_read(web: Web
     web.ranges = False
     with pytest.raises(UserError, match=r"gives no parts of files; download it and name the copy"):
         expand_paths("web", (f"{web.address}/a.tar",))
+    with pytest.raises(UserError, match=r"gives no parts of files"):
+        read_range(f"{web.address}/a.tar", 10, len(CONTENT))
 
 
 def test_a_web_server_has_no_patterns(web: WebServer) -> None:

@@ -191,6 +191,16 @@ def test_an_archive_behind_the_end_of_a_stream_is_reported_and_other_bytes_are_n
         assert reasons(entries).total() == damaged
 
 
+def test_a_stream_is_checked_to_its_end_also_where_other_bytes_follow_the_archive(tmp_path: Path) -> None:
+    plain = write_tar(tmp_path / "a.tar", captioned("a", b"p", "x")).read_bytes()
+    data = bytearray(gzip.compress(plain + b"no tar " * 100_000))
+    data[-8] ^= 1  # its checksum
+    (tmp_path / "b.tar").write_bytes(data)
+    entries = scan(tmp_path / "b.tar")
+    assert list(contents(entries)) == ["a"]
+    assert reasons(entries) == {("b.tar#rest", "archive_damaged"): 1}
+
+
 def test_members_of_a_key_further_apart_than_the_window_are_rejected_and_nearer_ones_are_not(
     tmp_path: Path,
 ) -> None:
