@@ -14,10 +14,11 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 import xxhash
@@ -35,6 +36,8 @@ MAX_HEADER_BYTES = 1 << 20
 # Unpacked at a time: a damaged size may be any number.
 PIECE_BYTES = 1 << 20
 
+# Packed bytes given to zlib at a time, which hands back those that it has no room for.
+_GZIP_BYTES = 4096
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 Fault = Literal["", "repeated", "late"]
 
@@ -118,7 +121,7 @@ def walk_stream(unit: str, codec: str, wanted: Callable[[str], int]) -> Iterator
         OSError: it cannot be read now; the executor tries again.
     """
     with closing(open_input(unit)) as file:
-        stream = _Stream(pa.CompressedInputStream(pa.PythonFile(cast(Any, file), "r"), codec))
+        stream = _Stream(_Gunzip(file) if codec == "gzip" else _open_zstd(file))
         tar = _open_tar(unit, stream)
         window = _Window()
         damage = ""
@@ -189,6 +192,40 @@ class _HeaderFile(io.BufferedReader):
         return super().read(_header_bytes(size))
 
 
+def _open_zstd(file: BinaryIO) -> pa.NativeFile:
+    """Of a damaged frame up to 1 MiB before the fault is lost, which Arrow unpacks at a time; of a cut one nothing."""
+    return pa.CompressedInputStream(pa.PythonFile(cast(Any, file), "r"), "zstd")
+
+
+class _Gunzip:
+    """gzip members, one behind another, unpacked as far as somebody reads: what precedes a fault is not lost to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._packed = file, b""
+        self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end.
+
+        Raises:
+            zlib.error: it is damaged.
+            OSError: it is cut off, or cannot be read now.
+        """
+        while True:
+            if self._member.eof:
+                self._packed = self._member.unused_data or self._file.read(_GZIP_BYTES)
+                if not self._packed:
+                    return b""
+                self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+            packed = self._packed or self._file.read(_GZIP_BYTES)
+            piece = self._member.decompress(packed, size)
+            self._packed = self._member.unconsumed_tail
+            if piece:
+                return piece
+            if not packed and not self._member.eof:
+                raise OSError("the stream is cut off")
+
+
 class _Stream:
     """What is unpacked of a compressed file, as tarfile wants a file: it reads on, and seeks what lies ahead.
 
@@ -196,7 +233,7 @@ class _Stream:
     `damage` explains.
     """
 
-    def __init__(self, stream: pa.NativeFile) -> None:
+    def __init__(self, stream: _Gunzip | pa.NativeFile) -> None:
         self._stream, self._position = stream, 0
         self.damage = ""
         self.last = b""
@@ -241,7 +278,7 @@ class _Stream:
             return b""
         try:
             piece = self._stream.read(min(size, PIECE_BYTES))
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, zlib.error, pa.ArrowException) as error:
             if not is_damage(error):
                 raise
             self.damage = f"{error} after {self._position} bytes"
