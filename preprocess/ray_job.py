@@ -86,8 +86,9 @@ class RayExecutor:
                 configure_logging=True,
                 **options,
             )
-        # Ray ends the process where another service listens, and raises RuntimeError where it has other versions.
-        except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:
+        # Ray ends the process where another service listens, raises RuntimeError where it has other versions, and
+        # RayError where a token is missing.
+        except (ConnectionError, ValueError, RuntimeError, SystemExit, ray.exceptions.RayError) as error:
             raise UserError(
                 f"ray: no cluster at {config.address or 'this machine'} ({_in_one_line(error)}); correct "
                 f"--ray.address, or run with --executor serial"
