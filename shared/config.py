@@ -156,7 +156,9 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
             chosen = str(table.get(tag)) if isinstance(table, dict) else ""
             after = parts[depth + 1 : depth + 2]
             if chosen not in options and after != [tag]:
-                raise UserError(f"{where}: --{key}: set --{'.'.join(parts[: depth + 1])}.{tag} first")
+                others = [name for name in node if name != part]
+                meant = f", or {closest(part, others)}" if others else ""
+                raise UserError(f"{where}: --{key}: set --{'.'.join(parts[: depth + 1])}.{tag} first{meant}")
             current = options.get(chosen) or next(iter(options.values()))
         if depth < len(parts) - 1:
             node = node.setdefault(part, {})

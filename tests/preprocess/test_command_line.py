@@ -113,7 +113,11 @@ BAD_RUNS = {
     "negative seed": (nothing, ["--seed", "-1"], ["seed must be at least 0, got -1"]),
     "no path": (nothing, ["--sources.web.paths"], ["[sources.web] paths is empty; name at least one file"]),
     "unknown caption": (nothing, ["--sources.web.caption", "jsn"], ['caption must be "txt" or "json:FIELD"']),
-    "unknown source": (nothing, ["--sources.wbe.caption", "txt"], ["missing key 'sources.wbe.paths'"]),
+    "unknown source": (
+        nothing,
+        ["--sources.wbe.caption", "txt"],
+        ["set --sources.wbe.format first, or did you mean 'web'?"],
+    ),
     "tar missing": (
         remove("a.tar"),
         [],
