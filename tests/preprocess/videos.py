@@ -49,7 +49,8 @@ def encode_video(
 ) -> bytes:
     """An encoded video; `times` are those of the frames in 1 / rate seconds."""
     file = io.BytesIO()
-    settings = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    # Its vector code writes beyond pictures below 64 pixels (x265 of PyAV 18.1): the process aborts now and then.
+    settings = {"x265-params": "log-level=none:no-asm=1"} if codec == "libx265" else {}
     with av.open(file, "w", format=container, container_options=container_options) as output:
         stream = output.add_stream(codec, rate=rate, options={**settings, **(options or {})})
         stream.height, stream.width = frames_thwc.shape[1:3]
