@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import multiprocessing
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
 
 from preprocess.samples import RawSample, Reject
 from preprocess.sources import open_source
@@ -29,6 +27,7 @@ from preprocess.sources.interleaved import InterleavedConfig
 from preprocess.sources.record import Damage, Record
 from preprocess.sources.records import read_records
 from shared.tokens import TokenNames
+from tests.preprocess.mutations import mutated, run_child
 
 ROWS: list[dict[str, Any]] = [
     {"texts": ["é" * number, None, "x"], "images": [None, f"{number}.png", None], "n": number}
@@ -65,30 +64,6 @@ def good_files() -> dict[str, bytes]:
         "a.csv": values.encode(),
         "a.tsv": values.replace(",", "\t").encode(),
     }
-
-
-@st.composite
-def mutated(draw: st.DrawFn, content: bytes) -> bytes:
-    """A few bytes changed, taken out or put in, more often near the end, where footers are; or the end cut off."""
-    data = bytearray(content)
-    for _ in range(draw(st.integers(1, 5))):
-        last = max(0, len(data) - 1)
-        position = draw(
-            st.integers(0, last) | st.integers(0, min(600, last)).map(lambda back, last=last: last - back)
-        )
-        kind = draw(st.sampled_from(("set", "set", "set", "flip", "flip", "take", "put", "cut")))
-        if kind == "set":
-            byte = st.sampled_from((b"\0", b"\xff", b"\x7f", b"\x80")) | st.binary(min_size=1, max_size=1)
-            data[position : position + 1] = draw(byte)
-        elif kind == "flip" and data:
-            data[position] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "take":
-            del data[position : position + draw(st.integers(1, 40))]
-        elif kind == "put":
-            data[position:position] = draw(st.binary(min_size=1, max_size=20))
-        elif kind == "cut":
-            del data[position:]
-    return bytes(data)
 
 
 def check_file(path: Path, content: bytes) -> None:
@@ -136,23 +111,11 @@ def read_mutated(directory: str, names: Sequence[str], examples: int) -> None:
         seed(number)(rules(given(content=mutated(content))(check_file)))(path=path)
 
 
-def run_child(directory: Path, names: Sequence[str], examples: int) -> None:
-    child = multiprocessing.get_context("spawn").Process(
-        target=read_mutated, args=(str(directory), list(names), examples)
-    )
-    child.start()
-    child.join(600)
-    if child.is_alive():
-        child.kill()
-        pytest.fail(f"a read of {names} hangs; the input is in {directory}")
-    assert child.exitcode == 0, f"exit code {child.exitcode} (below 0: a signal); the input is in {directory}"
-
-
 def test_mutated_files_lose_rows_and_nothing_else(tmp_path: Path) -> None:
-    run_child(tmp_path, list(good_files()), 25)
+    run_child(read_mutated, tmp_path, list(good_files()), 25)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(good_files()))
 def test_many_mutated_files_lose_rows_and_nothing_else(tmp_path: Path, name: str) -> None:
-    run_child(tmp_path, [name], 1500)
+    run_child(read_mutated, tmp_path, [name], 1500)
