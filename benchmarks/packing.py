@@ -37,7 +37,7 @@ Ints = npt.NDArray[np.int64]
 
 # merge, cap, budget. N * L by hand: near what the samples need beside S tokens.
 SETTINGS = [
-    (2, 1024, Budget(S=8192, N=1, L=18432)),
+    (2, 1024, Budget(S=8192, N=1, L=18304)),
     (2, 1024, Budget(S=8192, N=3, L=6144)),
     (2, 1024, Budget(S=8192, N=18, L=1024)),
     (1, 256, Budget(S=4096, N=1, L=2432)),
@@ -76,6 +76,8 @@ def main() -> None:
     for merge, cap, budget in SETTINGS:
         pieces = make_pieces(tables, options.samples, merge, cap, budget)
         print(f"m={merge}, cap {cap}, {budget}: {len(pieces.tokens_n):,} pieces")
+        large = float((pieces.patches_i >= cap * 15 // 16).mean())
+        print(f"  pictures: {pieces.patches_i.mean():.0f} patches; {large:.0%} have {cap * 15 // 16} or more")
         print("  packer                           tokens  patches  packs/bound  over budget  pieces/s")
         for name, packer, window in packers(budget, options.window, len(pieces.tokens_n)):
             rows.append({"merge": merge, "S": budget.S, "N": budget.N, "L": budget.L, "packer": name})
