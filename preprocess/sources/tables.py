@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,8 +39,9 @@ def _bounded(file: BinaryIO) -> pa.PythonFile:
 def parquet_records(unit: str, file: BinaryIO, columns: Sequence[str] | None) -> Iterator[Record | Damage]:
     """Rows by row group: one that is damaged costs the rows that were not read from it yet."""
     try:
-        # With a buffer, a column is read page by page and not as a whole.
-        table = pq.ParquetFile(_bounded(file), page_checksum_verification=True, buffer_size=1 << 20)
+        # With a buffer, and without another that holds the whole row group, a column is read page by page.
+        options: dict[str, Any] = {"buffer_size": 1 << 20, "pre_buffer": False}
+        table = pq.ParquetFile(_bounded(file), page_checksum_verification=True, **options)
         names = table.schema_arrow.names
     except (pa.ArrowException, OSError, ValueError) as error:
         if is_damage(error):
