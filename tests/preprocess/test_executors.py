@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -109,18 +110,23 @@ def test_ray_and_serial_write_the_same_bytes(tmp_path: Path, ray_executor: Execu
     assert verify_dataset(Path(ray_config.output))[1] == []
 
 
+def run_command(config: PreprocessConfig, directory: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m preprocess run` on a config."""
+    (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "preprocess", "run", str(directory / "config.toml")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
 def test_a_bad_tar_found_by_a_ray_worker_ends_the_command_with_one_line(tmp_path: Path) -> None:
     good = write_tar(tmp_path / "a.tar", captioned("a", png(8, 8), "x"))
     bad = tmp_path / "b.tar"
     bad.write_bytes(b"not a tar" * 100)
     config = replace(make_config(tmp_path, good, bad), executor="ray", ray=RayConfig(workers=1))
-    (tmp_path / "config.toml").write_text(to_toml(config))
-    done = subprocess.run(
-        [sys.executable, "-m", "preprocess", "run", str(tmp_path / "config.toml")],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+    done = run_command(config, tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -148,8 +154,21 @@ def die(unit: str) -> None:
     os._exit(1)
 
 
-def test_a_worker_that_keeps_dying_is_one_line_that_names_its_unit(ray_executor: Executor) -> None:
+def test_a_worker_that_keeps_dying_is_one_line_that_names_its_unit(
+    ray_executor: Executor, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(
         UserError, match=r"^a\.tar: its worker died 2 times \(the process ended with exit code 1\)"
     ):
         list(ray_executor.map(die, ["a.tar"]))
+    time.sleep(1.5)  # Ray's own word on it would come within a second
+    assert capfd.readouterr() == ("", "")
+
+
+def test_work_that_no_machine_has_memory_for_is_refused_and_does_not_wait_for_ever(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", captioned("a", png(8, 8), "x"))
+    config = make_config(tmp_path, path, executor="ray", ray=RayConfig(workers=1, worker_memory=1 << 50))
+    done = run_command(config, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"preprocess: ray.worker_memory is {1 << 50} bytes, the largest node has ")
