@@ -164,21 +164,39 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_workers_and_their_children_go_with_a_driver_that_is_killed(tmp_path: Path) -> None:
-    for name, text in (("driver", DRIVER), ("unit", UNIT)):
+# A worker whose unit runs in a child.
+WORKER = """
+import unit
+from preprocess.faults import Limits, supervise
+
+supervise(unit.work, "endless", Limits(60, 1 << 30))
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "units"),
+    [
+        pytest.param(DRIVER, ("lethal-1", "endless-0"), id="driver"),
+        pytest.param(WORKER, ("endless-0",), id="worker"),
+    ],
+)
+def test_what_a_killed_process_has_started_goes_with_it(
+    tmp_path: Path, script: str, units: tuple[str, ...]
+) -> None:
+    for name, text in (("script", script), ("unit", UNIT)):
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     pids = tmp_path / "pids"
     pids.mkdir()
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PIDS": str(pids)}
-    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment, cwd=tmp_path)
+    killed = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], env=environment, cwd=tmp_path)
     try:
-        both = (pids / "lethal-1", pids / "endless-0")
-        assert wait_for(lambda: all(path.exists() and path.read_text() for path in both), 90)
-        started = [int(pid) for path in both for pid in path.read_text().split()]
-        assert all(map(is_alive, started))  # the child and its worker, the other worker and the raylet
+        paths = [pids / unit for unit in units]
+        assert wait_for(lambda: all(path.exists() and path.read_text() for path in paths), 90)
+        started = [int(pid) for path in paths for pid in path.read_text().split()]
+        assert all(map(is_alive, started))  # of a driver: child and worker, the other worker and the raylet
     finally:
-        driver.kill()
-        driver.wait()
+        killed.kill()
+        killed.wait()
     assert wait_for(lambda: not any(map(is_alive, started)), 20), "processes outlive the job"
 
 
