@@ -166,7 +166,7 @@ class IndexWriter:
         return offset
 
     def counts(self) -> dict[str, Any]:
-        """samples read and usable; tokens of text, in all and unlearned; pictures and videos kept; rejects by reason."""
+        """Samples read and usable; tokens of text, all and unlearned; pictures and videos kept; rejects by reason."""
         samples = Counter(reject.reason for reject in self._rejects if reject.media < 0)
         media = Counter(reject.reason for reject in self._rejects if reject.media >= 0)
         return {
