@@ -291,6 +291,13 @@ def test_a_file_that_ends_early_is_refused_by_its_header(
     assert reason_of(data[: len(data) * 2 // 3]) == "video_truncated"
 
 
+def test_a_last_frame_that_is_cut_off_is_found_where_no_table_tells() -> None:
+    data = encode_video(moving(40), container_options=FRAGMENTED)
+    start, size = places_of_packets(data)[-1]
+    # A tenth of a second is missing: by its length alone the file could be whole.
+    assert reason_of(data[: start + size // 2]) == "video_truncated"
+
+
 def test_an_mp4_with_its_table_in_front_that_ends_early_is_refused(tmp_path: Path) -> None:
     # The table is moved to the front when the file is closed, which takes a file with a name.
     data = encode_video(moving(40))
