@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def measure_job(clips: list[bytes]) -> dict[str, float]:
                     tar.addfile(member, io.BytesIO(content))
         train_tokenizer([], directory / "tokenizer", vocabulary_size=262)
         config = PreprocessConfig(
-            output=str(directory / "out"),
+            output=str(directory / "first"),
             tokenizer=str(directory / "tokenizer"),
             sources={"clips": WebDatasetConfig(paths=(str(path),))},
             budget=Budget(S=8192, N=4, L=4096),
@@ -183,8 +184,9 @@ def measure_job(clips: list[bytes]) -> dict[str, float]:
             video=CONFIG,
             executor="serial",
         )
+        run_job(config)  # the plan's kernels are compiled, once per machine
         start, cpu = time.perf_counter(), time.process_time()
-        run_job(config)
+        run_job(replace(config, output=str(directory / "out")))
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         dataset = open_dataset(directory / "out")
         frames = sum(
