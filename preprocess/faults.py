@@ -33,6 +33,10 @@ R = TypeVar("R")
 NO_ITEM = -1
 # How often a child must die at one sample: once may be chance, such as a machine short of memory.
 DEATHS = 2
+# Deaths of one unit, each at another sample: then it is not the samples, but what the process gathers.
+MOST_SCATTERED = 6
+# Samples of one unit that kill: every one costs two runs of it, and so many are no accident.
+MOST_CRASHED = 50
 # Long enough to cost nothing, short enough that a decoder fills some hundred megabytes in between.
 WATCH_SECONDS = 0.03
 # How often a child looks for its worker.
@@ -125,6 +129,11 @@ def supervise(function: Callable[[U], R], unit: U, limits: Limits) -> R:
         if not isinstance(outcome, Death):
             return outcome
         deaths[outcome.item] += 1
+        if deaths.total() - DEATHS * len(crashed) > MOST_SCATTERED or len(crashed) == MOST_CRASHED:
+            raise UserError(
+                f"{unit}: its worker died {deaths.total()} times, at {len(deaths)} places (at last: {outcome.detail}); "
+                f"give the workers more memory (limits.max_memory), or take that input out"
+            )
         if deaths[outcome.item] < DEATHS:
             continue
         if outcome.item == NO_ITEM or not _has_samples(unit):

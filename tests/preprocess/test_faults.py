@@ -49,6 +49,14 @@ def test_several_such_samples_are_found_one_after_another(tmp_path: Path) -> Non
     assert total == 10 and set(crashed) == {0, 2}
 
 
+def test_a_unit_that_dies_at_another_sample_each_time_is_an_error_that_asks_for_memory(
+    tmp_path: Path,
+) -> None:
+    unit = Unit([1] * 20, dict.fromkeys(range(20), "scattered"), tmp_path)
+    with pytest.raises(UserError, match=r"died 7 times, at 7 places .*exit code 3.*limits\.max_memory"):
+        supervise(add_up, unit, LIMITS)
+
+
 def test_a_process_that_is_killed_once_by_chance_costs_no_sample(tmp_path: Path) -> None:
     assert supervise(add_up, Unit([1, 10], {1: "once"}, tmp_path), LIMITS) == (11, {})
 
