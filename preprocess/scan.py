@@ -29,6 +29,7 @@ from preprocess.samples import (
     IndexSegment,
     Media,
     Missing,
+    Place,
     RawSample,
     Reject,
     Text,
@@ -155,6 +156,18 @@ class _Draft:
     content_hash: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A picture or a video; `content` is a hash of its bytes, "" where duplicates are not looked for."""
+
+    segment: IndexSegment
+    content: str
+
+
+# Until its tokens have a place.
+_TEXT_SEGMENT = IndexSegment(TEXT, "", 0, 0, 0)
+
+
 def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexWriter) -> _Draft:
     """Segments with the pixel sizes of pictures, and the texts; tokens and grids come later, in bulk."""
     if isinstance(entry, Reject):
@@ -163,15 +176,14 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
     if detail := (task.crashed or {}).get(2 * number + 1):
         return _Draft(entry.key, failed=Reject(task.source, entry.key, "crashed", detail))
     draft = _Draft(entry.key)
-    digest = xxhash.xxh3_64()
+    parts: list[Text | _Measured] = []
     media = 0
     for raw in entry.segments:
         if isinstance(raw, Text):
-            digest.update(b"text" + raw.text.encode())
-            _add_text(draft, raw, entry.separator)
+            parts.append(raw)
             continue
         try:
-            draft.segments.append(_measure(raw, task, index, digest))
+            parts.append(_measure(raw, task, index))
         except ImageError as error:
             reject = Reject(task.source, entry.key, error.reason, str(error))
             if task.config.bad_media == "reject":
@@ -179,7 +191,10 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
                 return draft
             draft.dropped.append(replace(reject, media=media))
         media += 1
-    draft.content_hash = digest.intdigest() if task.hash_content else 0
+    parts = list(_joined(parts, entry.separator))
+    draft.content_hash = _content_hash(parts) if task.hash_content else 0
+    draft.segments = [_TEXT_SEGMENT if isinstance(part, Text) else part.segment for part in parts]
+    draft.texts = [part for part in parts if isinstance(part, Text)]
     size = sum(len(text.text.encode()) for text in draft.texts)
     if size > MAX_TEXT_BYTES:
         draft.failed = Reject(
@@ -191,25 +206,40 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
     return draft
 
 
-def _add_text(draft: _Draft, text: Text, separator: str) -> None:
+def _joined(parts: Iterable[Text | _Measured], separator: str) -> Iterator[Text | _Measured]:
     """Plain texts that nothing separates become one; those with spans of their own stay as they are."""
-    if draft.segments and draft.segments[-1].kind == TEXT:
-        before = draft.texts[-1]
-        if _is_plain(before) and _is_plain(text):
-            draft.texts[-1] = replace(before, text=before.text + separator + text.text)
-            return
-    draft.segments.append(IndexSegment(TEXT, "", 0, 0, 0))
-    draft.texts.append(text)
+    for plain, run in itertools.groupby(parts, _is_plain):
+        if not plain:
+            yield from run
+            continue
+        first, *others = (part for part in run if isinstance(part, Text))
+        yield replace(first, text=separator.join((first.text, *(text.text for text in others))))
 
 
-def _is_plain(text: Text) -> bool:
-    return text.learned is None and not text.special
+def _is_plain(part: Text | _Measured) -> bool:
+    return isinstance(part, Text) and part.learned is None and not part.special
 
 
-def _measure(
-    raw: Media | Missing, task: ScanUnit, index: IndexWriter, digest: xxhash.xxh3_64
-) -> IndexSegment:
-    """The segment of a picture or a video: its size, t, and where its bytes lie.
+def _content_hash(parts: Iterable[Text | _Measured]) -> int:
+    """What tells samples apart that train something else: every part with its kind, and whose words are learned."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        if isinstance(part, Text):
+            said = (
+                TEXT,
+                xxhash.xxh3_128_hexdigest(part.text.encode()),
+                part.learned,
+                part.special,
+                part.inner,
+            )
+        else:
+            said = (part.segment.kind, part.content)
+        digest.update(repr(said).encode())
+    return digest.intdigest()
+
+
+def _measure(raw: Media | Missing, task: ScanUnit, index: IndexWriter) -> _Measured:
+    """The segment of a picture or a video, its size, t, and where its bytes lie; and the hash of those.
 
     Raises:
         ImageError: it is not there, or not usable.
@@ -223,14 +253,15 @@ def _measure(
         file.seek(0)
         data = file.read()  # once, for header, hash and store
         file = io.BytesIO(data)
-        digest.update(b"media")
-        digest.update(data)
+    content = xxhash.xxh3_128_hexdigest(data) if task.hash_content and data is not None else ""
     height, width, t = _displayed(file, raw.kind, task)
     if raw.place is None:
         assert data is not None, "a picture of too many bytes was rejected by its header"
-        return IndexSegment(raw.kind, STORE, index.store(data), size, 0, height, width, t)
-    place = raw.place
-    return IndexSegment(raw.kind, place.file, place.offset, place.size, 0, height, width, t)
+        place = Place(STORE, index.store(data), size)
+    else:
+        place = raw.place
+    segment = IndexSegment(raw.kind, place.file, place.offset, place.size, 0, height, width, t)
+    return _Measured(segment, content)
 
 
 def _displayed(file: BinaryIO, kind: int, task: ScanUnit) -> tuple[int, int, int]:

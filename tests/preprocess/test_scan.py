@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -165,6 +166,36 @@ def test_the_same_content_has_the_same_hash_and_other_content_another(
     hashes = [rows[key]["content_hash"] for key in "abcde"]
     assert hashes[0] == hashes[1] and len(set(hashes)) == 4
     assert len({rows[key]["key_hash"] for key in "abcde"}) == 5
+
+
+def test_the_hash_tells_how_texts_are_cut_whose_they_are_and_what_is_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see, book = Text("see "), Text("book")
+    entries = [
+        sample("a", see, book),
+        sample("as one", Text("see book")),
+        sample("with its word", Text("see textbook")),
+        sample("marked", Text("see book", learned=())),
+        sample("partly", Text("see book", learned=((4, 8),))),
+        sample("within", Text("see book", learned=(), inner=True)),
+        sample("special", Text("<|pad|>", special=((0, 7),))),
+        sample("the same, dropped", see, Missing("image_missing", "no file"), book),
+    ]
+    rows = run(tmp_path, monkeypatch, entries, bad_media="drop").rows
+    hashes = {key: row["content_hash"] for key, row in rows.items()}
+    assert hashes["a"] == hashes["as one"] == hashes["the same, dropped"]
+    assert len(hashes) == 8 and len(set(hashes.values())) == 6
+
+
+def test_many_texts_cost_what_one_of_their_length_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = time.process_time()
+    found = run(tmp_path, monkeypatch, [sample("a", *[Text("x" * 99)] * 80_000, separator="-")])
+    # Half a minute where each is copied with all before it.
+    assert time.process_time() - begun < 5
+    assert [r.detail for r in found.rejects] == [f"{80_000 * 100 - 1} bytes, limit {4 << 20}"]
 
 
 @pytest.mark.parametrize(("size", "crashed"), [(1, None), (2, None), (7, None), (1000, {})])
