@@ -16,7 +16,7 @@ from preprocess.index import IndexedUnit, read_counts
 from preprocess.plan.deal import Blocks, deal
 from preprocess.plan.duplicates import DUPLICATE, dropped_bits, find_duplicates
 from preprocess.plan.files import PLAN_SUMMARY, SPLITS, TRAIN, PlanSettings, PlanUnit, Run
-from preprocess.plan.mixture import mixture_record, source_repeats
+from preprocess.plan.mixture import check_copies, mixture_record, source_repeats
 from preprocess.plan.survey import BLOCK_DTYPE, Survey, run_survey, summarize
 from preprocess.plan.window import WindowTask, plan_window
 from preprocess.sources.base import SourceConfig
@@ -40,7 +40,7 @@ def make_plan(
     """Write the plan files and `plan.json`, the latter last; return what `plan.json` holds.
 
     Raises:
-        UserError: the index is damaged, or a source with a weight has nothing to train on.
+        UserError: the index is damaged, a source with a weight has nothing to train on, or one is used too often.
     """
     numbered, num_rows = _number(units)
     output = output.absolute()
@@ -69,6 +69,7 @@ def make_plan(
     tokens = np.bincount(source_b, blocks["train_tokens"], len(sources)).astype(np.int64).tolist()
     available = dict(zip(sources, tokens, strict=True))
     repeats = source_repeats(sources, available, config.least_repeat)
+    check_copies(repeats, source_b, blocks["train_tokens"], blocks["train_patches"], budget)
     tasks = [
         task for split in SPLITS for task in _windows(split, blocks, source_b, numbered, repeats, settings)
     ]
@@ -145,7 +146,7 @@ def _sum_up(
     tokens = dict.fromkeys(sources, 0)
     windows: list[dict[str, Any]] = []
     for task in tasks:
-        result = read_json(task.result, mend="delete the plan/ directory and run again")
+        result = read_json(task.result, mend="delete plan/ and shards/ and run again")
         windows.append({"name": task.name, "split": task.split, "packs": result["packs"]})
         for name, line in result["sources"].items():
             counts[name].update({kind: line[kind] for kind in kinds})

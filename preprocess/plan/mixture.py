@@ -18,6 +18,12 @@ import xxhash
 from preprocess.plan.files import Mask
 from preprocess.sources.base import SourceConfig
 from shared.errors import UserError
+from shared.geometry import Budget
+
+# Every copy of a sample has a window of its own. So many windows are always made; more only where each fills at least
+# so many packs: below, most of every pack would be padding.
+FREE_COPIES = 16
+LEAST_PACKS_PER_COPY = 2
 
 
 def source_repeats(
@@ -40,6 +46,31 @@ def source_repeats(
         name: least_repeat * ratios[name] / least if name in ratios else source.repeat
         for name, source in sources.items()
     }
+
+
+def check_copies(
+    repeats: Mapping[str, float],
+    source_b: npt.NDArray[np.int32],
+    tokens_b: npt.NDArray[np.int64],
+    patches_b: npt.NDArray[np.int64],
+    budget: Budget,
+) -> None:
+    """Tokens and patches of one use of every block of the training split, and the number of its source.
+
+    Raises:
+        UserError: a source is used more often than there are packs to keep its copies apart.
+    """
+    used_b = np.array(list(repeats.values()))[source_b]
+    packs = max((tokens_b * used_b).sum() / budget.S, (patches_b * used_b).sum() / (budget.N * budget.L))
+    most = max(FREE_COPIES, int(packs / LEAST_PACKS_PER_COPY))
+    for number, (name, repeat) in enumerate(repeats.items()):
+        if copies_of(repeat) > most and tokens_b[source_b == number].any():
+            raise UserError(
+                f"source {name!r} would be used {repeat:.6g} times, but all training samples fill about "
+                f"{math.ceil(packs):,} packs, and copies of a sample go to different windows of "
+                f"{LEAST_PACKS_PER_COPY} packs or more: at most {most} uses; lower its weight or repeat, or give it "
+                "more samples"
+            )
 
 
 def copies_of(repeat: float) -> int:

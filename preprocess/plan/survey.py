@@ -35,6 +35,7 @@ BLOCK_DTYPE = np.dtype(
         ("train_pieces", np.int32),
         ("validation_pieces", np.int32),
         ("train_tokens", np.int64),
+        ("train_patches", np.int64),
     ]
 )
 
@@ -117,9 +118,14 @@ def summarize(surveys: Iterable[Survey], sources: Iterable[str]) -> dict[str, di
 
 def sample_tokens(segments: pa.ListArray, ids: TokenIds) -> Ints:
     """Decoder tokens of each sample, begin and end of text included: the length of `stream.token_stream`."""
+    tokens = segments.flatten().field("tokens").to_numpy().astype(np.int64)
+    return _sum_per_sample(segments, tokens) + int(ids.bos is not None) + 1
+
+
+def _sum_per_sample(segments: pa.ListArray, values: Ints) -> Ints:
     offsets = segment_offsets(segments)
-    ends = np.concatenate([[0], np.cumsum(segments.flatten().field("tokens").to_numpy(), dtype=np.int64)])
-    return ends[offsets[1:]] - ends[offsets[:-1]] + int(ids.bos is not None) + 1
+    ends = np.concatenate([[0], np.cumsum(values)])
+    return ends[offsets[1:]] - ends[offsets[:-1]]
 
 
 def segment_offsets(segments: pa.ListArray) -> Ints:
@@ -128,17 +134,22 @@ def segment_offsets(segments: pa.ListArray) -> Ints:
     return offsets - offsets[0] if len(offsets) else np.zeros(1, np.int64)
 
 
-def _count(block: pa.Table, unit: PlanUnit, begin: int, settings: PlanSettings) -> tuple[int, int, int]:
-    """Train pieces, validation pieces and train tokens of one use of a block."""
-    tokens = sample_tokens(block["segments"].combine_chunks(), settings.ids)
+def _count(block: pa.Table, unit: PlanUnit, begin: int, settings: PlanSettings) -> tuple[int, int, int, int]:
+    """Train pieces, validation pieces, train tokens and train patches of one use of a block."""
+    segments = block["segments"].combine_chunks()
+    tokens = sample_tokens(segments, settings.ids)
+    t, h, w = (segments.flatten().field(name).to_numpy().astype(np.int64) for name in ("t", "h", "w"))
+    patches = _sum_per_sample(segments, t * h * w)
     pieces = -(-tokens // settings.budget.S)
     if settings.too_long[unit.source] == "reject":
         # A window must read it all the same, to tell that it is rejected.
-        tokens, pieces = np.where(pieces > 1, 0, tokens), np.ones_like(pieces)
+        tokens, patches = (np.where(pieces > 1, 0, values) for values in (tokens, patches))
+        pieces = np.ones_like(pieces)
     kept = kept_rows(settings.dropped, unit.first_row + begin, len(block))
     validation = is_validation(block["key_hash"].to_numpy(), settings.config.validation_fraction)
     train = kept & ~validation
-    return int(pieces[train].sum()), int(pieces[kept & validation].sum()), int(tokens[train].sum())
+    sums = pieces[train].sum(), pieces[kept & validation].sum(), tokens[train].sum(), patches[train].sum()
+    return int(sums[0]), int(sums[1]), int(sums[2]), int(sums[3])
 
 
 def _lengths(samples: pa.ListArray) -> dict[str, Ints]:

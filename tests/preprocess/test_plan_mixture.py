@@ -17,7 +17,7 @@ from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.verify import verify_dataset
 from shared.errors import UserError
 from tests.preprocess.inputs import BUDGET, make_config, mixed_samples, write_samples
-from tests.preprocess.planning import Segment, plan, text
+from tests.preprocess.planning import Segment, image, plan, text
 
 
 def texts(count: int, tokens: int = 14) -> dict[str, list[Segment]]:
@@ -55,6 +55,28 @@ def test_no_pack_holds_two_copies_of_a_sample_and_copies_go_to_different_windows
         copies = Counter((p["source"], p["key"], p["window"]) for p in planned.pieces)
         assert set(copies.values()) == {1}
         assert len({p["window"] for p in planned.pieces}) == num_windows
+
+
+def test_a_source_too_small_for_its_weight_is_refused_before_it_fills_a_pack_for_each_copy(
+    tmp_path: Path,
+) -> None:
+    # 60 samples of 16 tokens, and one of equal weight: used 60 times it has a pack of 64 for every two copies.
+    rules: dict[str, dict[str, Any]] = {"web": {"weight": 1.0}, "one": {"weight": 1.0}}
+    with pytest.raises(UserError, match=r"'one' would be used 60 times.* about 30 packs.* at most 16 uses"):
+        plan(tmp_path / "a", {"web": texts(60), "one": texts(1)}, rules=rules)
+    # 3 samples: 20 times, one and a half packs for each copy; 4 samples: 15 times, two packs.
+    with pytest.raises(UserError, match=r"'one' would be used 20 times"):
+        plan(tmp_path / "b", {"web": texts(60), "one": texts(3)}, rules=rules)
+    planned = plan(tmp_path / "c", {"web": texts(60), "one": texts(4)}, rules=rules)
+    assert set(planned.uses("one").values()) == {15} and len(planned.packs()) <= 40
+
+
+def test_more_copies_than_packs_of_text_are_taken_where_pictures_fill_the_packs(tmp_path: Path) -> None:
+    # Of 12 tokens and 32 patches five fit by tokens, two by patches: 4 * 17 fill 13 or 34 packs, two for each copy.
+    planned = plan(
+        tmp_path, {"web": {f"{n}": [image(4, 8)] for n in range(4)}}, rules={"web": {"repeat": 17.0}}
+    )
+    assert set(planned.uses().values()) == {17} and len(planned.packs()) == 34
 
 
 def test_what_a_repeat_below_one_leaves_out_is_counted_and_named(tmp_path: Path) -> None:
