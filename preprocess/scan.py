@@ -48,8 +48,8 @@ BATCH_CHARACTERS = 1 << 20
 MAX_TEXT_BYTES = 4 << 20
 # Pictures without a place wait in memory for their batch.
 BATCH_MEDIA_BYTES = 64 << 20
-# Reading the next record may mean reading a row group from a distant store: it may take this many times longer
-# than the work on one picture.
+# Reading the next record or picture may mean reading from a distant store: it may take this many times longer than
+# the work on one picture.
 DRAW_PATIENCE = 20.0
 
 
@@ -172,8 +172,9 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
     """Segments with the pixel sizes of pictures, and the texts; tokens and grids come later, in bulk."""
     if isinstance(entry, Reject):
         return _Draft(entry.key, failed=entry)
-    begin(2 * number + 1)
-    if detail := (task.crashed or {}).get(2 * number + 1):
+    item = 2 * number + 1
+    begin(item)
+    if detail := (task.crashed or {}).get(item):
         return _Draft(entry.key, failed=Reject(task.source, entry.key, "crashed", detail))
     draft = _Draft(entry.key)
     parts: list[Text | _Measured] = []
@@ -183,7 +184,7 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
             parts.append(raw)
             continue
         try:
-            parts.append(_measure(raw, task, index))
+            parts.append(_measure(raw, item, task, index))
         except ImageError as error:
             reject = Reject(task.source, entry.key, error.reason, str(error))
             if task.config.bad_media == "reject":
@@ -191,6 +192,7 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
                 return draft
             draft.dropped.append(replace(reject, media=media))
         media += 1
+    begin(item)
     parts = list(_joined(parts, entry.separator))
     draft.content_hash = _content_hash(parts) if task.hash_content else 0
     draft.segments = [_TEXT_SEGMENT if isinstance(part, Text) else part.segment for part in parts]
@@ -238,7 +240,7 @@ def _content_hash(parts: Iterable[Text | _Measured]) -> int:
     return digest.intdigest()
 
 
-def _measure(raw: Media | Missing, task: ScanUnit, index: IndexWriter) -> _Measured:
+def _measure(raw: Media | Missing, item: int, task: ScanUnit, index: IndexWriter) -> _Measured:
     """The segment of a picture or a video, its size, t, and where its bytes lie; and the hash of those.
 
     Raises:
@@ -246,6 +248,7 @@ def _measure(raw: Media | Missing, task: ScanUnit, index: IndexWriter) -> _Measu
     """
     if isinstance(raw, Missing):
         raise ImageError(raw.reason, raw.detail)
+    begin(item, DRAW_PATIENCE)  # its bytes may come from a distant store
     file, data = raw.file, None
     size = file.seek(0, io.SEEK_END)
     most = task.video.max_bytes if raw.kind == VIDEO else task.limits.max_bytes
@@ -253,6 +256,7 @@ def _measure(raw: Media | Missing, task: ScanUnit, index: IndexWriter) -> _Measu
         file.seek(0)
         data = file.read()  # once, for header, hash and store
         file = io.BytesIO(data)
+        begin(item)
     content = xxhash.xxh3_128_hexdigest(data) if task.hash_content and data is not None else ""
     height, width, t = _displayed(file, raw.kind, task)
     if raw.place is None:

@@ -6,11 +6,13 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from preprocess import scan
+from preprocess.faults import Limits, supervise
 from preprocess.index import IndexedUnit, media_file, read_counts, read_index, token_file
 from preprocess.samples import IMAGE, STORE, TEXT, Media, Missing, RawSample, Reject, Segment, Text
 from preprocess.scan import ScanUnit, scan_unit
@@ -63,6 +65,21 @@ class Scanned:
         return [segment["kind"] for segment in self.rows[key]["segments"]]
 
 
+class Slow(io.BytesIO):
+    """A picture in a store that stalls."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        time.sleep(1.5)
+        return super().read(size)
+
+
+def scan_slow_pictures(task: ScanUnit) -> dict[str, Any]:
+    """For a process of its own."""
+    entries = [sample(f"{n}", Media(IMAGE, Slow(png(8, 8)), None)) for n in range(2)]
+    scan.open_source = lambda config, context: Listed(entries)
+    return scan_unit(task)
+
+
 def run(
     directory: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -70,29 +87,31 @@ def run(
     bad_media: str = "reject",
     crashed: dict[int, str] | None = None,
 ) -> Scanned:
+    monkeypatch.setattr(scan, "open_source", lambda config, context: Listed(entries))
+    task = unit(directory, bad_media, crashed)
+    scan_unit(task)
+    return Scanned(task.output)
+
+
+def unit(directory: Path, bad_media: str = "reject", crashed: dict[int, str] | None = None) -> ScanUnit:
     config = make_config(
         directory,
         write_samples(directory / "unused.tar", {"a": (png(8, 8), "x")}),
         source={"bad_media": bad_media},
     )
-    monkeypatch.setattr(scan, "open_source", lambda config, context: Listed(entries))
-    path = directory / "index" / "000000.parquet"
-    scan_unit(
-        ScanUnit(
-            source="web",
-            config=config.sources["web"],
-            unit="a",
-            output=path,
-            tokenizer=Path(config.tokenizer),
-            tokens=config.tokens,
-            geometry=config.geometry,
-            limits=config.limits,
-            video=config.video,
-            hash_content=True,
-            crashed=crashed,
-        )
+    return ScanUnit(
+        source="web",
+        config=config.sources["web"],
+        unit="a",
+        output=directory / "index" / "000000.parquet",
+        tokenizer=Path(config.tokenizer),
+        tokens=config.tokens,
+        geometry=config.geometry,
+        limits=config.limits,
+        video=config.video,
+        hash_content=True,
+        crashed=crashed,
     )
-    return Scanned(path)
 
 
 def sample(key: str, *segments: Segment, separator: str = "") -> RawSample:
@@ -215,6 +234,11 @@ def test_the_files_of_the_index_do_not_depend_on_the_batch_or_on_supervision(
                     segment.file.seek(0)
     monkeypatch.setattr(scan, "BATCH_SAMPLES", size)
     assert run(tmp_path / "parts", monkeypatch, entries, crashed=crashed).files == whole.files
+
+
+def test_the_time_that_bytes_take_to_arrive_is_not_counted_as_work_on_a_picture(tmp_path: Path) -> None:
+    counts = supervise(scan_slow_pictures, unit(tmp_path), Limits(seconds=1.0, memory=2 << 30))
+    assert (counts["samples"], counts["rejected"]) == (2, {})
 
 
 def test_what_crashed_a_worker_is_left_out_and_behind_a_record_that_cannot_be_drawn_nothing_is_read(
