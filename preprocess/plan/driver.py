@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,6 @@ def make_plan(
     """
     numbered, num_rows = _number(units)
     output = output.absolute()
-    duplicates: dict[str, dict[str, int]] | None = None
-    if config.duplicates != "ignore":
-        duplicates = find_duplicates(
-            numbered,
-            output,
-            num_rows=num_rows,
-            drop=config.duplicates == "drop",
-            validation_fraction=config.validation_fraction,
-            run=run,
-        )
     settings = PlanSettings(
         output=output,
         budget=budget,
@@ -62,8 +53,13 @@ def make_plan(
         config=config,
         seed=seed,
         too_long={name: source.too_long for name, source in sources.items()},
-        dropped=dropped_bits(output) if config.duplicates == "drop" else None,
+        dropped=None,
     )
+    duplicates: dict[str, dict[str, int]] | None = None
+    if config.duplicates != "ignore":
+        duplicates = find_duplicates(numbered, sources, settings, num_rows=num_rows, run=run)
+    if config.duplicates == "drop":
+        settings = replace(settings, dropped=dropped_bits(output))
     surveys = run_survey(numbered, settings, run)
     blocks, source_b = _blocks(surveys, numbered, list(sources))
     tokens = np.bincount(source_b, blocks["train_tokens"], len(sources)).astype(np.int64).tolist()

@@ -4,8 +4,10 @@
     ranges   the same stretch of hash values of all of them -> equal ones, and which is first   (a task per range)
     bits     one per row, set where a duplicate is dropped: 125 MB for 10^9 samples
 
-A task holds one range, some 2^23 hashes, whatever the number of samples. The first of a group in the order of the
-config, of its files and of their rows stays. The hash is 64 bits of xxh3: among 10^9 different samples, 0.03 pairs are
+A task holds one range, some 2^23 hashes, whatever the number of samples. Of a group that one stays which is used: the
+first, in the order of the config, of its files and of their rows, that is not too long for the budgets and that the
+mixture takes. What a weight below one repeat takes is not known yet; such a sample stays only where none is sure. The
+hash is 64 bits of xxh3: among 10^9 different samples, 0.03 pairs are
 expected to have one in common.
 """
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +27,29 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocess.index import read_blocks
-from preprocess.plan.files import Ints, PlanUnit, Run, is_validation
+from preprocess.plan.files import Ints, Mask, PlanSettings, PlanUnit, Run, is_validation
+from preprocess.plan.mixture import chosen_rows
+from preprocess.plan.pieces import Samples, cut_into_pieces
 from preprocess.samples import REJECT_SCHEMA
+from preprocess.sources.base import SourceConfig
 from shared.files import atomic_path, exists, open_file, read_json, remove_tree, write_json
 from shared.remote import is_remote
 
 DUPLICATE = "duplicate"
 # A task takes 43 bytes for each, 360 MB, where every second one is a duplicate.
 HASHES_PER_RANGE = 1 << 23
+# What a row will come to; of equal samples the lowest stays.
+USED, PERHAPS, UNUSED = range(3)
 
 
 @dataclass(frozen=True, slots=True)
 class HashTask:
-    """`output`: where the sorted hashes go, without a suffix."""
+    """`output`: where the sorted hashes go, without a suffix. `source`: of the unit."""
 
     unit: PlanUnit
+    source: SourceConfig
     output: Path
-    validation_fraction: float
+    settings: PlanSettings
 
     def __str__(self) -> str:
         return str(self.unit.path)
@@ -71,23 +79,24 @@ class RangeTask:
 
 def find_duplicates(
     units: Sequence[PlanUnit],
-    output: Path,
+    sources: Mapping[str, SourceConfig],
+    settings: PlanSettings,
     *,
     num_rows: int,
-    drop: bool,
-    validation_fraction: float,
     run: Run,
 ) -> dict[str, dict[str, int]]:
     """Per source that has any: duplicates `found`, `dropped`, and how many have their first `across_splits`.
 
-    With `drop`, their rejects and `dropped_bits(output)` are written, too.
+    Where they are dropped, their rejects and `dropped_bits` are written, too.
     """
+    output, drop = settings.output, settings.config.duplicates == "drop"
     summary, hashes = output / "duplicates.json", output / "hashes"
     if exists(summary):
         remove_tree(hashes)
         return read_json(summary)
     sort = [
-        HashTask(unit, hashes / f"{number:06d}", validation_fraction) for number, unit in enumerate(units)
+        HashTask(unit, sources[unit.source], hashes / f"{number:06d}", settings)
+        for number, unit in enumerate(units)
     ]
     run(sort_hashes, sort, label="hashes", total=len(sort))
     ranges = max(1, -(-num_rows // HASHES_PER_RANGE))
@@ -113,18 +122,42 @@ def dropped_bits(output: Path) -> Path:
 
 
 def sort_hashes(task: HashTask) -> None:
-    """Write content hashes in rising order, and with each 2 * row + (1 if the row is validation)."""
-    key_hashes, hashes = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-    for table in read_blocks(task.unit.path, ["key_hash", "content_hash"]):
-        key_hashes.append(table["key_hash"].to_numpy())
-        hashes.append(table["content_hash"].to_numpy())
+    """Write content hashes in rising order, and with each 8 * row + 2 * (what it comes to) + (1 if validation)."""
+    drop = task.settings.config.duplicates == "drop"
+    columns = ["key_hash", "content_hash", *(["key", "segments"] if drop else [])]
+    hashes, flags = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)]
+    begin = 0
+    for block in read_blocks(task.unit.path, columns):
+        hashes.append(block["content_hash"].to_numpy())
+        validation = is_validation(
+            block["key_hash"].to_numpy(), task.settings.config.validation_fraction
+        ).astype(np.uint32)
+        flags.append(2 * _fates(task, block, begin, validation > 0) + validation if drop else validation)
+        begin += len(block)
     content = np.concatenate(hashes)
     order = np.argsort(content, kind="stable")
-    validation = is_validation(np.concatenate(key_hashes), task.validation_fraction)
-    row = (np.arange(len(content), dtype=np.uint32) << 1) | validation
+    row = (np.arange(len(content), dtype=np.uint32) << 3) | np.concatenate(flags)
     for kind, values in (("hash", content[order]), ("row", row[order])):
         with atomic_path(_run_file(task.output, kind)) as temporary, open(temporary, "wb") as file:
             np.save(file, values)
+
+
+def _fates(task: HashTask, block: pa.Table, begin: int, validation_n: Mask) -> npt.NDArray[np.uint32]:
+    """USED, PERHAPS or UNUSED of the rows of a block, which begins at row `begin` of its unit."""
+    settings, unit, weighted = task.settings, task.unit, task.source.weight > 0
+    repeat = (
+        settings.config.least_repeat if weighted else task.source.repeat
+    )  # `source_repeats` gives no less
+    chosen = chosen_rows(repeat, 0, settings.seed, unit.place, np.arange(begin, begin + len(block)))
+    fate_n = np.where(validation_n | chosen, USED, PERHAPS if weighted else UNUSED).astype(np.uint32)
+    zeros = np.zeros(len(block), np.int32)
+    samples = Samples(block["key"].combine_chunks(), block["segments"].combine_chunks(), zeros, zeros)
+    images_per_row = settings.config.images_per_row
+    _, rejected = cut_into_pieces(
+        samples, [unit.source], settings.too_long, settings.budget, settings.ids, images_per_row
+    )
+    fate_n[[sample for sample, _ in rejected]] = UNUSED
+    return fate_n
 
 
 def _run_file(base: Path, kind: str) -> Path:
@@ -142,7 +175,9 @@ def _load(path: Path) -> Any:
 def compare_range(task: RangeTask) -> dict[str, dict[str, int]]:
     """Counts by source of `find_duplicates`, for the hashes of one range."""
     hash_n, row_n, unit_n = _read_range(task)
-    order = np.argsort(hash_n, kind="stable")  # equal hashes stay in the order of units and rows
+    order = np.lexsort(
+        ((row_n >> 1) & 3, hash_n)
+    )  # what is equal in both stays in the order of units and rows
     hash_n = hash_n[order]
     again = np.flatnonzero(hash_n[1:] == hash_n[:-1]) + 1
     # The first of its group stands before a run of neighbours in `again`.
@@ -151,7 +186,7 @@ def compare_range(task: RangeTask) -> dict[str, dict[str, int]]:
     again, first = order[again], order[first]
     across = (row_n[again] ^ row_n[first]) & 1 == 1
     if task.drop:
-        _write_dropped(task, unit_n, (row_n >> 1).astype(np.int64), again, first)
+        _write_dropped(task, unit_n, (row_n >> 3).astype(np.int64), again, first)
 
     def by_source(places: Ints) -> dict[str, int]:
         counts: Counter[str] = Counter()

@@ -118,7 +118,9 @@ def plan(
         )
         write_index(units[-1].path, own, content)
     sources = {
-        unit.source: SourceConfig(paths=("x",), too_long=too_long, **(rules or {}).get(unit.source, {}))
+        unit.source: SourceConfig(
+            **{"paths": ("x",), "too_long": too_long, **(rules or {}).get(unit.source, {})}
+        )
         for unit in units
     }
     output = directory / "plan"

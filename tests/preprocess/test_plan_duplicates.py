@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,55 @@ def test_a_duplicate_across_the_splits_is_counted_and_dropped_on_whichever_side_
     assert {piece["key"]: piece["split"] for piece in planned.pieces} == {
         key: where for key, where in split.items() if key.startswith("0-")
     }
+
+
+def test_a_sample_that_is_too_long_takes_no_other_one_with_it(tmp_path: Path) -> None:
+    # The same content, rejected in the first source; in the second it is cut. `later` is the second that is used.
+    long = [text(80)]
+    samples = {"chat": {"long": long}, "web": {"cut": long, "later": long}, "last": {"also": long}}
+    rules = {"chat": {"too_long": "reject"}, "last": {"too_long": "reject"}}
+    content = dict.fromkeys(("long", "cut", "later", "also"), 9)
+    planned = plan(tmp_path, samples, content=content, duplicates="drop", too_long="split", rules=rules)
+    assert keys(planned) == {"cut"}
+    found = sorted((r["key"], r["reason"], r["detail"]) for r in planned.rejects)
+    assert found == [(key, "duplicate", "same content as web cut") for key in ("also", "later", "long")]
+    # Where none is used the first stays, to be rejected by its own reason.
+    none = plan(
+        tmp_path / "x",
+        {"chat": {"long": long}, "last": {"also": long}},
+        content=content,
+        duplicates="drop",
+        rules=rules,
+    )
+    assert sorted((r["key"], r["reason"]) for r in none.rejects) == [
+        ("also", "duplicate"),
+        ("long", "exceeds_S"),
+    ]
+
+
+def test_what_the_mixture_leaves_out_takes_no_duplicate_with_it(tmp_path: Path) -> None:
+    # Twice the same 300 contents: a tenth of the first source is used, and all of the second.
+    samples = {name: {f"{name}{n}": [text(4)] for n in range(300)} for name in ("few", "all")}
+    content = {f"{name}{n}": n + 1 for name in samples for n in range(300)}
+    planned = plan(
+        tmp_path, samples, content=content, duplicates="drop", rules={"few": {"repeat": 0.1}, "all": {}}
+    )
+    assert Counter(content[piece["key"]] for piece in planned.pieces) == dict.fromkeys(range(1, 301), 1)
+    assert 10 <= planned.uses("few").total() <= 50  # binomial: 30 +- 5.2
+    assert {reject["reason"] for reject in planned.rejects} == {"duplicate"} and len(planned.rejects) == 300
+
+
+def test_a_sample_that_a_weight_may_leave_out_stays_before_one_that_is_surely_unused(tmp_path: Path) -> None:
+    # With a least repeat of 0.01 next to nothing of `web` is sure; yet it stays, as `chat` would be rejected.
+    samples = {
+        "chat": {f"chat{n}": [text(80)] for n in range(50)},
+        "web": {f"web{n}": [text(4)] for n in range(50)},
+    }
+    content = {f"{name}{n}": n + 1 for name in samples for n in range(50)}
+    rules: dict[str, Any] = {"chat": {"too_long": "reject"}, "web": {"weight": 1.0}}
+    planned = plan(tmp_path, samples, content=content, duplicates="drop", least_repeat=0.01, rules=rules)
+    assert Counter(r["reason"] for r in planned.rejects if r["source"] == "chat") == {"duplicate": 50}
+    assert planned.summary["duplicates"] == {"chat": {"found": 50, "dropped": 50, "across_splits": 0}}
 
 
 def test_duplicates_among_many_rows_are_those_that_a_dictionary_finds(tmp_path: Path) -> None:
