@@ -127,9 +127,7 @@ def _reject_tables(
         if unit.rejects in there:
             yield read_table(unit.rejects, mend=MEND, schema=REJECT_SCHEMA)
     for path in list_files(output / "plan", "*.rejects.parquet"):
-        yield read_table(
-            path, mend="delete the plan/ directory beside it and run again", schema=REJECT_SCHEMA
-        )
+        yield read_table(path, mend="delete plan/ and shards/ and run again", schema=REJECT_SCHEMA)
     for result in results:
         rows = [{key: row[key] for key in REJECT_SCHEMA.names} for row in result["rejects"]]
         yield reject_table([Reject(**row) for row in rows])

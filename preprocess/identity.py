@@ -102,10 +102,12 @@ def claim(
 ) -> None:
     """Make the directory of a step this run's own; `stale` are the directories that a change makes worthless.
 
+    They go in this order, each after what was made from it: a removal that is cut short leaves nothing unclaimed.
+
     Raises:
         UserError: another run's work lies there and is to be kept; names the first setting that differs.
     """
-    if changed := _changed(output / step, identity):
+    if changed := _changed(output / step, identity, [output / name for name in stale]):
         if on_change == "refuse":
             raise UserError(
                 f"{output}: holds a run with other settings or inputs ({changed}); choose another output, "
@@ -117,14 +119,14 @@ def claim(
     write_json(output / step / IDENTITY, identity)
 
 
-def _changed(directory: Path, identity: dict[str, Any]) -> str:
+def _changed(directory: Path, identity: dict[str, Any], stale: Sequence[Path]) -> str:
     """What differs from the run whose work lies in the directory of a step; "" when nothing does."""
     path = directory / IDENTITY
     if exists(path):
         before = read_json(path)
         return _difference(before, identity) if before != identity else ""
-    # Work that nobody claims: its removal was cut short.
-    return f"{directory.name}/{IDENTITY} is gone" if has_files(directory) else ""
+    # Work that nobody claims.
+    return f"{directory.name}/{IDENTITY} is gone" if any(map(has_files, stale)) else ""
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> str:

@@ -102,8 +102,8 @@ class Job:
         for name in FILES:
             remove_temporaries(self.output, f"{name}.*")
         scan, on_change = identity["scan"], self.config.on_change
-        claim(self.output, "index", scan, stale=("index", "plan", "shards"), on_change=on_change)
-        claim(self.output, "plan", identity, stale=("plan", "shards"), on_change=on_change)
+        claim(self.output, "index", scan, stale=("shards", "plan", "index"), on_change=on_change)
+        claim(self.output, "plan", identity, stale=("shards", "plan"), on_change=on_change)
         with atomic_path(self.output / "config.toml") as temporary:
             temporary.write_text(to_toml(self.config), encoding="utf-8")
 

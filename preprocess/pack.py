@@ -142,9 +142,10 @@ class PackedPiece:
 
 
 def pack_shard(task: PackTask) -> int:
-    """Write the shard, after its result file; return the number of packs.
+    """Write the shard and then its result file; return the number of packs.
 
-    The result file (JSON) holds what the account needs: pieces packed per source, and rejects.
+    The result file (JSON) holds what the account needs: pieces packed per source, and rejects. It comes last, so that
+    no result ever stands beside a shard of an earlier plan.
 
     Raises:
         UserError: an input is gone or has changed since the scan.
@@ -181,7 +182,7 @@ def pack_shard(task: PackTask) -> int:
             "packed": packed,
             "rejects": rejects,
         }
-        write_json(task.result, result)
+    write_json(task.result, result)
     return writer.num_packs
 
 

@@ -79,7 +79,7 @@ def read_shard_plan(path: Path, row_group: int) -> pa.Table:
     Raises:
         UserError: the plan file is missing or damaged.
     """
-    mend = "delete the plan/ directory and run again, it will be planned again"
+    mend = "delete plan/ and shards/ and run again, it will be planned again"
     with open_table(path, mend) as file:
         return file.read_row_group(row_group, use_threads=False).cast(PLAN_SCHEMA)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from preprocess import identity as identity_module
 from preprocess import pack as pack_module
 from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig
 from preprocess.executor import SerialExecutor
@@ -407,6 +409,56 @@ def test_a_shard_of_another_plan_is_packed_again(config: PreprocessConfig) -> No
     write_json(result, {**read_json(result), "identity": "0" * 16})
     run_job(config)
     assert contents(state(config)) == before
+
+
+def test_a_result_never_stands_beside_the_shard_of_an_earlier_plan(
+    config: PreprocessConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A shard of another plan may have the size of the new one, and would pass for it.
+    rename = os.replace
+
+    def kill_at_shard(source: str | Path, destination: str | Path) -> None:
+        if Path(destination).parent.name == "shards":
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill_at_shard)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(replace(config, seed=1, on_change="rebuild"))
+    assert not list((Path(config.output) / "plan").glob("*.result.json"))
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2])
+def test_a_rebuild_that_is_cut_short_leaves_nothing_that_is_taken_for_the_new_work(
+    config: PreprocessConfig, removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = replace(
+        config, plan=replace(config.plan, shard_bytes=1 << 20), limits=ImageLimits(max_pixels=1 << 20)
+    )
+    remove, calls = identity_module.remove_tree, itertools.count()
+
+    def killed(directory: Path) -> None:
+        if next(calls) == removed:
+            raise KeyboardInterrupt
+        remove(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(identity_module, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(replace(new, on_change="rebuild"))
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        run_job(new)
+    run_job(replace(new, on_change="rebuild"))
+    fresh = replace(new, output=str(tmp_path / "fresh"))
+    run_job(fresh)
+    assert contents(state(config)) == contents(state(fresh))
+
+
+def test_shards_whose_plan_is_gone_are_nobody_s(config: PreprocessConfig) -> None:
+    shutil.rmtree(Path(config.output) / "plan")
+    with pytest.raises(UserError, match=r"plan/identity.json is gone"):
+        run_job(config)
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", "a b", "identity.json"])

@@ -46,8 +46,8 @@ MOMENTS = {
     "the last index of the scan": r"index/web/000002\.parquet$",
     "the window of the plan": r"plan/train-000000\.parquet$",
     "the end of the plan": r"plan/plan\.json$",
-    "the result of the third shard": r"plan/train-000000-002\.result\.json$",
     "the third shard": r"shards/train-000000-002\.parquet$",
+    "the result of the fourth shard": r"plan/train-000000-003\.result\.json$",
     "the rejects": r"out/rejects\.parquet$",
     "dataset.json": r"out/dataset\.json$",
 }
@@ -70,8 +70,10 @@ def files(output: str) -> dict[str, bytes]:
 
 
 def finished(output: str) -> dict[str, int]:
-    """Times of all index files and shards that are whole."""
-    found = [path for step in ("index/web", "shards") for path in Path(output, step).glob("*.parquet")]
+    """Times of all index files and shards that are whole; of a shard, its result says so."""
+    found = list(Path(output, "index/web").glob("*.parquet"))
+    results = {path.name.removesuffix(".result.json") for path in Path(output, "plan").glob("*.result.json")}
+    found += [path for path in Path(output, "shards").glob("*.parquet") if path.stem in results]
     return {str(path): path.stat().st_mtime_ns for path in found}
 
 
