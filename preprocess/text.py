@@ -7,8 +7,10 @@ those that inference will see; what is learned follows from the offsets of that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -69,11 +71,11 @@ def _encode_marked(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Toke
     owners = np.repeat(np.array([stretch.number for stretch in stretches], np.int64), lengths)
     special = np.repeat(np.array([stretch.special for stretch in stretches], bool), lengths)
     learned = np.repeat(np.array([stretch.learned is True for stretch in stretches], bool), lengths)
+    within = [np.array(text.learned or (), np.int64).reshape(-1, 2) for text in texts]
     for number, (stretch, (_, offsets)) in enumerate(zip(stretches, encoded, strict=True)):
         if stretch.learned is None:
             spans_n2 = np.array(offsets, np.int64).reshape(-1, 2) + stretch.start
-            within = texts[stretch.number].learned or ()
-            learned[borders[number] : borders[number + 1]] = _overlaps(spans_n2, within)
+            learned[borders[number] : borders[number + 1]] = _overlaps(spans_n2, within[stretch.number])
     wrong = set(owners[~special & tokenizer.are_special(ids)].tolist())
     values = np.split(np.where(learned, ids, ~ids), np.searchsorted(owners, np.arange(1, len(texts))))
     result: list[Tokens | TextError] = []
@@ -88,22 +90,30 @@ def _encode_marked(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Toke
 
 
 def _stretches(number: int, text: Text) -> Iterator[_Stretch]:
+    learned_before = _learned_before(text.learned) if text.learned is not None else None
     position = 0
     for start, end in (*text.special, (len(text.text), len(text.text))):
         for first, last, special in ((position, start, False), (start, end, True)):
             if first < last:
-                learned = _learned(text.learned, first, last)
+                length = last - first
+                if learned_before is not None:
+                    length = learned_before(last) - learned_before(first)
+                learned = length > 0 if length in (0, last - first) else None
                 inner = text.inner or first > 0
                 yield _Stretch(number, first, text.text[first:last], special, inner, learned)
         position = end
 
 
-def _learned(learned: Spans | None, first: int, last: int) -> bool | None:
-    """Whether the characters [first, last) are learned; None where only a part is."""
-    if learned is None:
-        return True
-    length = sum(max(0, min(end, last) - max(start, first)) for start, end in learned)
-    return length == last - first if length in (0, last - first) else None
+def _learned_before(learned: Spans) -> Callable[[int], int]:
+    """How many characters before a place are learned. A conversation has thousands of spans, and asks for each."""
+    starts = [start for start, _ in learned]
+    before = list(accumulate((end - start for start, end in learned), initial=0))
+
+    def count(place: int) -> int:
+        number = bisect_right(starts, place) - 1
+        return before[number] + min(place, learned[number][1]) - starts[number] if number >= 0 else 0
+
+    return count
 
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
@@ -137,17 +147,15 @@ def _encode_stretches(
     return encoded, unknown
 
 
-def _overlaps(spans_n2: np.ndarray, learned: Spans) -> np.ndarray:
-    """Which spans share a character with one of `learned` (sorted, disjoint); an empty span shares none.
+def _overlaps(spans_n2: np.ndarray, learned_m2: np.ndarray) -> np.ndarray:
+    """Which spans share a character with one of `learned_m2` (sorted, disjoint); an empty span shares none.
 
     A token that begins before the assistant's first character and reaches into its turn, such as a space merged
     with a word, is learned: it is the assistant's to say.
     """
-    starts = np.array([start for start, _ in learned], np.int64)
-    ends = np.array([end for _, end in learned], np.int64)
-    first = np.searchsorted(
-        ends, spans_n2[:, 0], side="right"
-    )  # the first that ends behind the token's start
+    starts, ends = learned_m2.T
+    # The first that ends behind the token's start.
+    first = np.searchsorted(ends, spans_n2[:, 0], side="right")
     inside = first < len(ends)
     begins = starts[np.minimum(first, max(0, len(starts) - 1))] if len(starts) else np.zeros(len(spans_n2))
     return inside & (begins < spans_n2[:, 1]) & (spans_n2[:, 0] < spans_n2[:, 1])

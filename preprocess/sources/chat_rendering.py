@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,8 +144,9 @@ def _outline(
         messages.append({"role": role, "content": template.content(text), **more})
     pieces = _SENTINEL.split(template.render(messages, tools))
     order = tuple(map(int, pieces[1::2]))
+    shown = Counter(order)
     for number, (role, blank) in enumerate(shape):
-        if blank is None and (times := order.count(number)) != 1:
+        if blank is None and (times := shown[number]) != 1:
             raise ChatError("template_changes_content", f"turn {number} ({role}) is shown {times} times")
     return Outline(tuple(_piece(piece, specials) for piece in pieces[::2]), order)
 

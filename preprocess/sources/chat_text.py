@@ -11,7 +11,7 @@ assistant generates is believed instead. The begin and end of text that the stre
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -116,21 +116,26 @@ def _without(text: str, removed: Sequence[Span]) -> tuple[str, Callable[[Span], 
 def _cut(text: str, learned: Sequence[Span], special: Sequence[Span], begun: bool) -> list[Text]:
     """Texts between the pictures, spans from the start of each. `begun`: something precedes the first."""
     borders = [-1, *(match.start() for match in re.finditer(PICTURE, text)), len(text)]
+    learned_in, special_in = _within(learned), _within(special)
     return [
         Text(
             text[before + 1 : end],
-            _within(learned, before + 1, end),
-            _within(special, before + 1, end),
+            learned_in(before + 1, end),
+            special_in(before + 1, end),
             inner=begun or before >= 0,
         )
         for before, end in pairwise(borders)
     ]
 
 
-def _within(spans: Sequence[Span], first: int, last: int) -> tuple[Span, ...]:
-    """What of the spans lies in [first, last), counted from there."""
-    return tuple(
-        (max(start, first) - first, min(end, last) - first)
-        for start, end in spans
-        if max(start, first) < min(end, last)
-    )
+def _within(spans: Sequence[Span]) -> Callable[[int, int], tuple[Span, ...]]:
+    """What of the spans (in order, disjoint) lies in [first, last), counted from there."""
+    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+
+    def cut(first: int, last: int) -> tuple[Span, ...]:
+        near = spans[bisect_right(ends, first) : bisect_left(starts, last)]
+        return tuple(
+            (max(start, first) - first, min(end, last) - first) for start, end in near if start < end
+        )
+
+    return cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,21 @@ def test_all_is_learned_or_what_the_spans_say(tokenizer: TextTokenizer) -> None:
     pad = tokenizer.ids.pad
     assert found[4].tolist()[::3] == [~pad, pad]  # type: ignore[union-attr]  # no TextError, above
     assert all(ids.dtype == np.int32 for ids in found if not isinstance(ids, TextError))
+
+
+def test_a_conversation_of_thousands_of_turns_costs_what_its_length_does(tokenizer: TextTokenizer) -> None:
+    # "q<|pad|>ab<|pad|>" again and again: of "ab" the second letter is learned, or both with what follows.
+    turn, count = "q<|pad|>ab<|pad|>", 5000
+    begins = range(0, len(turn) * count, len(turn))
+    special = tuple((n + start, n + end) for n in begins for start, end in ((1, 8), (10, 17)))
+    learned = tuple((n + 9 - n // len(turn) % 2, n + 17) for n in begins)
+    begun = time.process_time()
+    [found] = encode_texts([Text(turn * count, learned=learned, special=special)], tokenizer)
+    # Half a minute where each stretch asks all spans.
+    assert time.process_time() - begun < 5
+    assert not isinstance(found, TextError)
+    assert ((found >= 0).reshape(-1, 10) == [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]).all()
+    assert shown(tokenizer, found[:10]) == "q$aB$q$AB$"
 
 
 def test_a_name_that_is_no_special_token_and_a_text_that_becomes_one_cost_their_own_text(
