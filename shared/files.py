@@ -175,9 +175,22 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(directory: Path) -> None:
-    """Remove a directory with all that is in it; it need not be there."""
+    """Remove a directory with all that is in it; it need not be there.
+
+    Raises:
+        UserError: something of it cannot be removed, or it is a link.
+    """
     if not is_remote(directory):
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            shutil.rmtree(directory)
+        except FileNotFoundError:
+            if directory.exists():
+                raise
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or directory}: cannot be removed ({error.strerror or error}); remove "
+                f"{directory} yourself and run again"
+            ) from None
         return
     for uri in remote.list_below(str(directory)):
         remote.remove(uri)

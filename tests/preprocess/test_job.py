@@ -455,6 +455,18 @@ def test_a_rebuild_that_is_cut_short_leaves_nothing_that_is_taken_for_the_new_wo
     assert contents(state(config)) == contents(state(fresh))
 
 
+def test_an_index_that_cannot_be_removed_is_not_taken_for_the_new_one(
+    config: PreprocessConfig, tmp_path: Path
+) -> None:
+    index = Path(config.output) / "index"
+    index.rename(tmp_path / "elsewhere")
+    index.symlink_to(tmp_path / "elsewhere")
+    source = replace(config.sources["web"], caption="json:text")
+    with pytest.raises(UserError, match=rf"^{index}: cannot be removed"):
+        run_job(replace(config, sources={"web": source}, on_change="rebuild"))
+    assert read_json(index / "identity.json")["sources"]["web"]["caption"] == "txt"
+
+
 def test_shards_whose_plan_is_gone_are_nobody_s(config: PreprocessConfig) -> None:
     shutil.rmtree(Path(config.output) / "plan")
     with pytest.raises(UserError, match=r"plan/identity.json is gone"):

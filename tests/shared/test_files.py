@@ -21,6 +21,7 @@ from shared.files import (
     lock_directory,
     read_json,
     remove_temporaries,
+    remove_tree,
     sha256,
     write_json,
 )
@@ -135,6 +136,18 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         lock_directory(tmp_path / "file", "x"),
     ):
         pass
+
+
+def test_a_directory_that_cannot_be_removed_is_an_error_that_names_it(tmp_path: Path) -> None:
+    remove_tree(tmp_path / "none")
+    (tmp_path / "there" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/link: cannot be removed .*remove {tmp_path}/link yourself"
+    ):
+        remove_tree(tmp_path / "link")
+    remove_tree(tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
 @pytest.mark.parametrize("content", [None, "{", "\x00"])
