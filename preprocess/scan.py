@@ -36,6 +36,7 @@ from preprocess.samples import (
 )
 from preprocess.sources import open_source
 from preprocess.sources.base import SourceContext
+from preprocess.sources.tables import max_page_bytes
 from preprocess.text import TextError, encode_texts
 from preprocess.video import num_temporal_patches, patches_per_frame, read_video_header
 from shared.geometry import Geometry, resize_grid, visual_tokens
@@ -82,7 +83,12 @@ def scan_unit(task: ScanUnit) -> dict[str, Any]:
     """
     tokenizer = cached_tokenizer(task.tokenizer, task.tokens)
     context = SourceContext(
-        task.source, task.tokenizer, task.tokens, task.limits.max_bytes, task.video.max_bytes
+        task.source,
+        task.tokenizer,
+        task.tokens,
+        task.limits.max_bytes,
+        task.video.max_bytes,
+        max_page_bytes(task.limits.max_memory),
     )
     source = open_source(task.config, context)
     with open_index(task.output) as index:

@@ -26,6 +26,8 @@ class PageHeader:
     crc: int | None
     num_values: int
     encoding: int
+    # -1 where the header does not say.
+    unpacked_bytes: int = -1
 
 
 def read_page_header(data: memoryview, offset: int) -> PageHeader:
@@ -50,6 +52,7 @@ def read_page_header(data: memoryview, offset: int) -> PageHeader:
         crc=crc & 0xFFFFFFFF if isinstance(crc := fields.get(4), int) else None,
         num_values=_int(values.get(1)),
         encoding=_int(values.get(2)),
+        unpacked_bytes=_int(fields.get(2)),
     )
 
 

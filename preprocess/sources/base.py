@@ -75,6 +75,8 @@ class SourceContext:
     # Beyond it a picture or a video is rejected by its size: what has to hold contents in memory need not hold such.
     max_media_bytes: int = 64 << 20
     max_video_bytes: int = 128 << 20
+    # Of one page of a Parquet file, unpacked: it is read as a whole.
+    max_page_bytes: int = 328_000_000
 
 
 class Source(Protocol):

@@ -48,6 +48,7 @@ class Captions:
 
     def __init__(self, config: CaptionsConfig, context: SourceContext) -> None:
         self._config, self._name = config, context.name
+        self._most_page = context.max_page_bytes
 
     def units(self) -> list[str]:
         return expand_tables(self._name, self._config.paths)
@@ -56,7 +57,7 @@ class Captions:
         config = self._config
         root = picture_root(unit, config.image_root)
         columns = [name for name in (config.video or config.image, config.caption, config.key) if name]
-        for row in keyed_records(self._name, unit, columns, config.key):
+        for row in keyed_records(self._name, unit, columns, config.key, self._most_page):
             yield row if isinstance(row, Reject) else self._sample(*row, root)
 
     def _sample(self, key: str, value: Value, root: str) -> RawSample | Reject:

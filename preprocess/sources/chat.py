@@ -64,6 +64,7 @@ class Chat:
 
     def __init__(self, config: ChatConfig, context: SourceContext) -> None:
         self._config, self._name = config, context.name
+        self._most_page = context.max_page_bytes
         file = next(iter(config.files(context.tokenizer)), None)
         self._template = load_template(
             context.tokenizer, file=file, name=config.template_name, date=config.date
@@ -75,7 +76,7 @@ class Chat:
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
         root = os.path.join(os.path.dirname(unit), self._config.image_root)
-        for row in keyed_records(self._name, unit, None, ""):
+        for row in keyed_records(self._name, unit, None, "", self._most_page):
             if isinstance(row, Reject):
                 yield row
                 continue

@@ -60,6 +60,7 @@ class Interleaved:
 
     def __init__(self, config: InterleavedConfig, context: SourceContext) -> None:
         self._config, self._name = config, context.name
+        self._most_page = context.max_page_bytes
 
     def units(self) -> list[str]:
         return expand_tables(self._name, self._config.paths)
@@ -68,7 +69,7 @@ class Interleaved:
         config = self._config
         root = picture_root(unit, config.image_root)
         columns = [name for name in (config.texts, config.images, config.key) if name]
-        for row in keyed_records(self._name, unit, columns, config.key):
+        for row in keyed_records(self._name, unit, columns, config.key, self._most_page):
             if isinstance(row, Reject):
                 yield row
                 continue

@@ -45,10 +45,12 @@ def container_of(path: str) -> str:
     return suffix if suffix in (TEXT_SUFFIXES if name.suffix in PACKED else SUFFIXES) else ""
 
 
-def read_records(unit: str, columns: Sequence[str] | None = None) -> Iterator[Record | Damage]:
+def read_records(
+    unit: str, columns: Sequence[str] | None = None, most_page: int | None = None
+) -> Iterator[Record | Damage]:
     """The records of a file in their order; of tables only `columns`, each of which must be there.
 
-    Objects of JSON come whole, whatever they hold.
+    Objects of JSON come whole, whatever they hold. `most_page`: bytes of a page of Parquet that memory is there for.
 
     Raises:
         BadFileError: nothing of it can be read, or a column is not there.
@@ -65,7 +67,7 @@ def read_records(unit: str, columns: Sequence[str] | None = None) -> Iterator[Re
         file.seek(0)
         match kind:
             case ".parquet":
-                yield from parquet_records(unit, file, columns)
+                yield from parquet_records(unit, file, columns, most_page)
             case ".arrow":
                 yield from arrow_records(unit, file, columns)
             case ".csv" | ".tsv":
@@ -77,10 +79,10 @@ def read_records(unit: str, columns: Sequence[str] | None = None) -> Iterator[Re
 
 
 def keyed_records(
-    source: str, unit: str, columns: Sequence[str] | None, key: str
+    source: str, unit: str, columns: Sequence[str] | None, key: str, most_page: int | None = None
 ) -> Iterator[tuple[str, Value] | Reject]:
     """Each record with its key: the value of column `key`, or NAME#ROW where that is ""."""
-    for record in read_records(unit, columns):
+    for record in read_records(unit, columns, most_page):
         place = f"{os.path.basename(shown(unit))}#{record.number}"
         if isinstance(record, Damage):
             yield Reject(source, place, record.reason, record.detail)

@@ -44,6 +44,7 @@ class TextSource:
 
     def __init__(self, config: TextConfig, context: SourceContext) -> None:
         self._config, self._name = config, context.name
+        self._most_page = context.max_page_bytes
 
     def units(self) -> list[str]:
         return expand_tables(self._name, self._config.paths)
@@ -53,7 +54,7 @@ class TextSource:
             yield self._document(*self._whole_file(unit))
             return
         columns = [name for name in (self._config.text, self._config.key) if name]
-        for row in keyed_records(self._name, unit, columns, self._config.key):
+        for row in keyed_records(self._name, unit, columns, self._config.key, self._most_page):
             if isinstance(row, Reject):
                 yield row
             else:

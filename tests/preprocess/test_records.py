@@ -401,3 +401,28 @@ def test_keys_are_those_of_a_column_or_name_and_row(tmp_path: Path) -> None:
         ("a.jsonl#5", "no_key"),
     ]
     assert [key for key, _ in keys("")] == [f"a.jsonl#{number}" for number in range(6)]
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_a_page_that_memory_does_not_hold_is_refused_by_name_and_the_same_rows_in_small_pages_are_read(
+    tmp_path: Path, compression: str
+) -> None:
+    table = pa.table({"id": range(60), "image": [{"bytes": bytes(1000), "path": "a"}] * 60})
+    path = tmp_path / "a.parquet"
+    options: dict[str, Any] = {"use_dictionary": False, "compression": compression, "row_group_size": 30}
+    path.write_bytes(parquet(table, **options))
+    # Of each value its length, in 4 bytes, and of all their definition and repetition levels.
+    message = (
+        r"row group 0, column 'image.bytes' has a page of 301\d\d bytes, of which memory holds 30000: write"
+    )
+    with pytest.raises(BadFileError, match=message) as error:
+        list(read_records(str(path), ["image"], 30_000))
+    assert error.value.reason == "page_too_large"
+    for content, columns, most in (
+        (parquet(table, **options), ["image"], 30_200),
+        (parquet(table, **options), ["id"], 1000),
+        (parquet(table, **options, write_batch_size=4, data_page_size=4000), None, 10_000),
+    ):
+        path.write_bytes(content)
+        assert len(list(read_records(str(path), columns, most))) == 60
+    assert tables.max_page_bytes(tables.WORKER_BYTES + 7000) == 2000
