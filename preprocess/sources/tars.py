@@ -6,7 +6,7 @@
 
 A stream cannot wait for the rest of a key to its end: a group closes when WINDOW_KEYS other keys have begun behind
 it, or when more than WINDOW_BYTES wait. What comes later of its key is a group of its own that says so. Memory is
-the window, and some 70 bytes per key to know it again.
+the window, and some 70 bytes per key to know it again. A plain tar is listed whole, in 36 bytes and its key a member.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import xxhash
@@ -26,6 +25,7 @@ import xxhash
 from preprocess.inputs import Local, open_input
 from preprocess.sources.base import BadFileError
 from preprocess.sources.record import is_damage
+from preprocess.sources.tar_listing import Group, Listing, Member
 from shared.remote import shown
 
 # Tars are written key by key. 64 is for writers that run a few keys at a time; 256 MiB hold that many large pictures.
@@ -39,28 +39,6 @@ PIECE_BYTES = 1 << 20
 # Packed bytes given to zlib at a time, which hands back those that it has no room for.
 _GZIP_BYTES = 4096
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-Fault = Literal["", "repeated", "late"]
-
-
-@dataclass(slots=True)
-class Member:
-    """Where a content lies in the tar; `data` is the content itself where it was wanted of a stream."""
-
-    offset: int
-    size: int
-    data: bytes | None = None
-
-
-@dataclass(slots=True)
-class Group:
-    """The members of one key, by lower-case extension.
-
-    fault: "repeated" where the key had a member of such an extension before, "late" where its group was closed.
-    """
-
-    key: str
-    fault: Fault = ""
-    members: dict[str, Member] = field(default_factory=dict[str, Member])
 
 
 def compression_of(unit: str) -> str:
@@ -74,7 +52,7 @@ def compression_of(unit: str) -> str:
     return "zstd" if magic == _ZSTD or skipped else ""
 
 
-def walk_plain(unit: str, file: Local) -> tuple[list[Group], str]:
+def walk_plain(unit: str, file: Local) -> tuple[Iterator[Group], str]:
     """Groups in order of first appearance, then repeated ones; and what stopped the walk, "" at a proper end.
 
     `file` is the content of `unit` on this machine.
@@ -83,8 +61,7 @@ def walk_plain(unit: str, file: Local) -> tuple[list[Group], str]:
         BadFileError: it is not a tar at all.
         OSError: it cannot be read now; the executor tries again.
     """
-    groups: dict[str, Group] = {}
-    repeats: list[Group] = []
+    listing = Listing()
     with closing(_HeaderFile(file)) as headers:
         size = os.fstat(headers.fileno()).st_size
         tar = _open_tar(unit, headers)
@@ -95,20 +72,8 @@ def walk_plain(unit: str, file: Local) -> tuple[list[Group], str]:
             elif member.isfile() and member.offset_data + member.size > size:
                 damage = f"{member.name} is cut off at byte {size}"
             elif place := _place_of(member):
-                _add(groups, repeats, *place, member)
-        return [*groups.values(), *repeats], damage or _what_follows(headers, tar.offset)
-
-
-def _add(
-    groups: dict[str, Group], repeats: list[Group], key: str, extension: str, member: tarfile.TarInfo
-) -> None:
-    group = groups.setdefault(key, Group(key))
-    if extension in group.members:
-        if not repeats or repeats[-1].key != key or extension in repeats[-1].members:
-            repeats.append(Group(key, "repeated"))
-        group = repeats[-1]
-    if not member.issparse():  # its content is in pieces
-        group.members[extension] = Member(member.offset_data, member.size)
+                listing.add(*place, member)
+        return listing.groups(), damage or _what_follows(headers, tar.offset)
 
 
 def walk_stream(unit: str, codec: str, wanted: Callable[[str], int]) -> Iterator[Group | str]:
