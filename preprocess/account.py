@@ -100,6 +100,10 @@ class ScanCounts:
     media_dropped: Counter[str] = field(default_factory=Counter[str])
     # Tokens of text of which the source says that they are only read.
     unlearned_tokens: int = 0
+    # Raw files, and those of which an unknown number of samples was never seen, the first with what is known of it.
+    units: int = 0
+    damaged: int = 0
+    first_damaged: str = ""
 
 
 def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
@@ -112,6 +116,9 @@ def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
         line.unlearned_tokens += found["unlearned_tokens"]
         line.rejected.update(found["rejected"])
         line.media_dropped.update(found["media_dropped"])
+        line.units += 1
+        line.damaged += bool(found["lost"])
+        line.first_damaged = line.first_damaged or found["lost"]
     return counts
 
 

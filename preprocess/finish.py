@@ -65,7 +65,7 @@ def finish(
     if not shards:
         reasons = ", ".join(sorted({reason for account in accounts.values() for reason in account.rejected}))
         raise UserError(
-            f"{output}: no sample is left to pack, all were rejected ({reasons}); look at the inputs"
+            f"{output}: no sample is left to pack ({reasons}); look at the inputs and the mixture"
         )
     _write_rejects(output / "rejects.parquet", _reject_tables(output, units, map(read_result, names)))
     _copy_tokenizer(tokenizer, output / "tokenizer")
@@ -100,10 +100,40 @@ def check_reject_rate(
     )
 
 
+def check_damaged(source: str, counts: ScanCounts, limit: float) -> None:
+    """Stop a job of which too many files are damaged: how many samples they held nobody knows.
+
+    Raises:
+        UserError: it is more than the share `limit` of them, however few there are.
+    """
+    if counts.damaged > limit * counts.units:
+        raise UserError(
+            f"source {source!r}: {counts.damaged} of {counts.units} files are lost in part or whole, above "
+            f"max_reject_rate {limit} (the first: {counts.first_damaged}); mend them, take them out, or raise "
+            f"sources.{source}.max_reject_rate"
+        )
+
+
+def check_any_left(source: str, reasons: Counter[str], left: int, step: str) -> None:
+    """Stop a job that makes nothing of a source, whatever its ceiling.
+
+    Raises:
+        UserError: something was rejected and no sample is left.
+    """
+    if reasons.total() and not left:
+        counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        raise UserError(
+            f"source {source!r}: no sample is left, all {reasons.total()} were rejected in the {step} ({counts}); "
+            f"look at the inputs, or take the source out"
+        )
+
+
 def check_scan(counts: Mapping[str, ScanCounts], sources: Mapping[str, SourceConfig]) -> None:
     """Hold the ceilings against what the scan found, before the expensive pass."""
     for name, source in sources.items():
         line = counts.get(name, ScanCounts())
+        check_any_left(name, line.rejected, line.read - line.rejected.total(), "scan")
+        check_damaged(name, line, source.max_reject_rate)
         check_reject_rate(name, line.rejected, line.read, source.max_reject_rate, "scan")
         media = line.media + line.media_dropped.total()
         check_reject_rate(name, line.media_dropped, media, source.max_reject_rate, "scan", "images")
@@ -114,6 +144,7 @@ def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str,
         if fault := account.imbalance():
             raise RuntimeError(f"account of source {name!r} does not balance: {fault}")
         limit = sources[name].max_reject_rate
+        check_any_left(name, account.losses, account.packed + account.split_parts, "job")
         check_reject_rate(name, account.losses, account.wanted, limit, "job")
         check_reject_rate(name, account.media_dropped, account.media_read, limit, "job", "images")
 

@@ -47,6 +47,8 @@ INDEX_OPTIONS: dict[str, Any] = {
     "write_page_checksum": True,
 }
 COUNTS = b"parquetry.counts"
+# How the keys of rejects end that stand for all of a raw file, or for all behind some place in it.
+LOST = ("#file", "#rest")
 MEND = "delete it and run again, it will be scanned again"
 
 
@@ -130,6 +132,7 @@ class IndexWriter:
         self._num_tokens = self._num_unlearned = self._media_bytes = 0
         self._rows: list[ScannedSample] = []
         self._rejects: list[Reject] = []
+        self._lost = ""
         self.read = self.samples = self.media = 0
 
     def append(self, sample: ScannedSample) -> None:
@@ -155,6 +158,8 @@ class IndexWriter:
     def reject(self, reject: Reject) -> None:
         self._rejects.append(reject)
         self.read += reject.media < 0
+        if reject.key.endswith(LOST):
+            self._lost = self._lost or f"{reject.key}: {reject.detail}"
 
     def store(self, data: bytes) -> int:
         """Keep an encoded picture; returns its offset in the unit's media file."""
@@ -166,7 +171,10 @@ class IndexWriter:
         return offset
 
     def counts(self) -> dict[str, Any]:
-        """Samples read and usable; tokens of text, all and unlearned; pictures and videos kept; rejects by reason."""
+        """Samples read and usable; tokens of text, all and unlearned; pictures and videos kept; rejects by reason.
+
+        `lost`: what says that samples of the raw file were never seen, "" where all were.
+        """
         samples = Counter(reject.reason for reject in self._rejects if reject.media < 0)
         media = Counter(reject.reason for reject in self._rejects if reject.media >= 0)
         return {
@@ -177,6 +185,7 @@ class IndexWriter:
             "media": self.media,
             "rejected": dict(sorted(samples.items())),
             "media_dropped": dict(sorted(media.items())),
+            "lost": self._lost,
         }
 
     def close(self) -> None:

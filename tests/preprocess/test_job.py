@@ -333,6 +333,28 @@ def test_a_rate_over_few_samples_stops_nothing(tmp_path: Path) -> None:
     assert stats["account"]["web"]["packed"] == 9
 
 
+@pytest.mark.parametrize(("bad", "step"), [(b"", "scan"), (png(8, 8)[:-40], "job")])
+def test_a_source_of_which_nothing_is_left_stops_the_job_however_small_it_is(
+    tmp_path: Path, bad: bytes, step: str
+) -> None:
+    with pytest.raises(UserError, match=rf"'web': no sample is left, all 3 were rejected in the {step} \("):
+        run_job(rate_config(tmp_path, bad, 3, 3, 1.0))
+
+
+def test_files_that_are_lost_in_part_count_as_files_and_not_as_a_sample(tmp_path: Path) -> None:
+    # Three files of 100 samples each, one of them cut in its middle: 1 reject of 251 samples, 1 of 3 files.
+    members = [member for n in range(100) for member in captioned(f"{n:03d}", png(8, 8), "caption")]
+    paths = [write_tar(tmp_path / f"{name}.tar", members) for name in "abc"]
+    os.truncate(paths[1], paths[1].stat().st_size // 2 + 600)
+    config = make_config(tmp_path, *paths, source={"max_reject_rate": 0.3})
+    with pytest.raises(UserError) as caught:
+        run_job(config)
+    assert "1 of 3 files are lost in part or whole, above max_reject_rate 0.3" in str(caught.value)
+    assert "(the first: b.tar#rest: " in str(caught.value)
+    source = replace(config.sources["web"], max_reject_rate=0.34)
+    assert run_job(replace(config, sources={"web": source}))["account"]["web"]["packed"] > 240
+
+
 def test_sources_without_a_sample_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the sources hold no sample; check their paths"):
         run_job(make_config(tmp_path, write_tar(tmp_path / "a.tar", [])))
@@ -383,7 +405,7 @@ def test_a_job_that_rejects_everything_makes_no_data_set(finished: PreprocessCon
     limits = ImageLimits(max_pixels=9)
     config = replace(finished, output=str(tmp_path / "out"), sources=sources, limits=limits)
     with pytest.raises(
-        UserError, match=r"no sample is left to pack, all were rejected \(image_too_many_pixels\)"
+        UserError, match=r"no sample is left, all 60 were rejected in the scan \(image_too_many_pixels 60\)"
     ):
         run_job(config)
     assert not (tmp_path / "out" / "dataset.json").exists()
