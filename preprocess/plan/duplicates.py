@@ -7,8 +7,7 @@
 A task holds one range, some 2^23 hashes, whatever the number of samples. Of a group that one stays which is used: the
 first, in the order of the config, of its files and of their rows, that is not too long for the budgets and that the
 mixture takes. What a weight below one repeat takes is not known yet; such a sample stays only where none is sure. The
-hash is 64 bits of xxh3: among 10^9 different samples, 0.03 pairs are
-expected to have one in common.
+hash is 64 bits of xxh3: among 10^9 different samples, 0.03 pairs are expected to have one in common.
 """
 
 from __future__ import annotations
@@ -145,9 +144,8 @@ def sort_hashes(task: HashTask) -> None:
 def _fates(task: HashTask, block: pa.Table, begin: int, validation_n: Mask) -> npt.NDArray[np.uint32]:
     """USED, PERHAPS or UNUSED of the rows of a block, which begins at row `begin` of its unit."""
     settings, unit, weighted = task.settings, task.unit, task.source.weight > 0
-    repeat = (
-        settings.config.least_repeat if weighted else task.source.repeat
-    )  # `source_repeats` gives no less
+    # `source_repeats` gives no less.
+    repeat = settings.config.least_repeat if weighted else task.source.repeat
     chosen = chosen_rows(repeat, 0, settings.seed, unit.place, np.arange(begin, begin + len(block)))
     fate_n = np.where(validation_n | chosen, USED, PERHAPS if weighted else UNUSED).astype(np.uint32)
     zeros = np.zeros(len(block), np.int32)
@@ -175,9 +173,7 @@ def _load(path: Path) -> Any:
 def compare_range(task: RangeTask) -> dict[str, dict[str, int]]:
     """Counts by source of `find_duplicates`, for the hashes of one range."""
     hash_n, row_n, unit_n = _read_range(task)
-    order = np.lexsort(
-        ((row_n >> 1) & 3, hash_n)
-    )  # what is equal in both stays in the order of units and rows
+    order = np.lexsort(((row_n >> 1) & 3, hash_n))  # equal in both: the order of units and rows
     hash_n = hash_n[order]
     again = np.flatnonzero(hash_n[1:] == hash_n[:-1]) + 1
     # The first of its group stands before a run of neighbours in `again`.

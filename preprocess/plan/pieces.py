@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from preprocess.plan.files import Ints, Mask
 from preprocess.plan.survey import sample_tokens, segment_offsets
-from preprocess.samples import TEXT, IndexSegment, Reject, segments_column
-from preprocess.stream import Part, clip_segments, split_sample
+from preprocess.samples import SEGMENT_TYPE, SEGMENTS_TYPE, TEXT, IndexSegment, Reject
+from preprocess.stream import Part, split_sample
+from shared.arrays import runs
 from shared.geometry import Budget
 from shared.tokens import TokenIds
 
@@ -140,16 +141,35 @@ def piece_segments(samples: Samples, pieces: Pieces, ids: TokenIds) -> pa.Array:
     if not len(cut):
         return samples.segments.take(pa.array(pieces.sample))
     whole = np.flatnonzero(pieces.parts == 1)
-    clipped = segments_column(
-        [
-            clip_segments(segments, ids, start, end)
-            for segments, start, end in zip(
-                segments_of(samples, pieces.sample[cut]),
-                pieces.start[cut].tolist(),
-                pieces.end[cut].tolist(),
-                strict=True,
-            )
-        ]
-    )
+    clipped = _clip(samples.segments, pieces.take(cut), ids)
     both = pa.concat_arrays([samples.segments.take(pa.array(pieces.sample[whole])), clipped])
     return both.take(pa.array(np.argsort(np.concatenate([whole, cut]))))
+
+
+def _clip(segments: pa.ListArray, pieces: Pieces, ids: TokenIds) -> pa.ListArray:
+    """`stream.clip_segments` of every piece. Tokens are counted over all samples, without begin and end of text."""
+    offsets, flat = segment_offsets(segments), segments.flatten()
+    kind, offset, tokens = (flat.field(name).to_numpy() for name in ("kind", "offset", "tokens"))
+    border = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
+    origin = border[offsets[pieces.sample]] - int(ids.bos is not None)
+    start, end = origin + pieces.start, origin + pieces.end
+    first = np.maximum(offsets[pieces.sample], np.searchsorted(border[1:], start, side="right"))
+    last = np.minimum(offsets[pieces.sample + 1], np.searchsorted(border[:-1], end, side="right"))
+    count = np.maximum(0, last - first)
+    segment, piece = runs(first, count), np.repeat(np.arange(len(pieces)), count)
+    begin = np.maximum(start[piece], border[segment])
+    # One text token behind the end is the label of the last one.
+    is_text = kind[segment] == TEXT
+    length = np.minimum(end[piece] + is_text, border[segment + 1]) - begin
+    kept = length > 0
+    segment, piece, is_text = segment[kept], piece[kept], is_text[kept]
+    chosen = flat.take(pa.array(segment))
+    columns = {name: chosen.field(name) for name in SEGMENT_TYPE.names}
+    columns["tokens"] = pa.array(np.where(is_text, length[kept], tokens[segment]).astype(np.int32))
+    skipped = np.where(is_text, begin[kept] - border[segment], 0)
+    columns["offset"] = pa.array(offset[segment] + skipped)
+    struct = pa.StructArray.from_arrays(list(columns.values()), fields=list(SEGMENT_TYPE))
+    ends = np.cumsum(np.bincount(piece, minlength=len(pieces)))
+    return pa.ListArray.from_arrays(
+        pa.array(np.concatenate([[0], ends]).astype(np.int32)), struct, type=SEGMENTS_TYPE
+    )
