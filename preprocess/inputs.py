@@ -62,11 +62,22 @@ def _matches(name: str, path: str) -> list[str]:
         except UserError as error:
             raise UserError(f"source {name!r}: {error} (sources.{name}.paths)") from None
         return [path]
-    found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+    found = [path]
+    if glob.has_magic(path) and not Path(path).is_file():  # names may hold brackets
+        found = [entry for entry in glob.glob(path, recursive=True) if not os.path.isdir(entry)]
     for entry in found:
+        if not _is_text(entry):
+            raise UserError(
+                f"source {name!r}: {entry!r}: its name is not UTF-8, which keys must be; rename it"
+            )
         if not Path(entry).is_file():
             raise UserError(f"source {name!r}: {entry}: no such file; correct sources.{name}.paths")
-    return found
+    return [str(Path(entry)) for entry in found]  # without ./ and //, so that each is read once
+
+
+def _is_text(name: str) -> bool:
+    """Whether all bytes of a file's name are UTF-8; Python has surrogates for those that are not."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def file_states(paths: Sequence[str]) -> list[list[int | str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,27 @@ def test_paths_and_patterns_name_every_file_once_in_order(tmp_path: Path) -> Non
     for path, message in (("x.tar", "no such file"), ("*.zip", "matches no file"), ("", "no such file")):
         with pytest.raises(UserError, match=f"{message}; correct sources.web.paths"):
             expand_paths("web", (f"{tmp_path}/{path}",))
+
+
+def test_a_file_is_read_once_however_it_is_spelled_and_folders_are_no_match(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "x[1].jsonl", "x1.jsonl"):
+        Path(name).touch()
+    Path("folder.jsonl").mkdir()
+    assert expand_paths("web", ("a.jsonl", "./a.jsonl", ".//a.jsonl", "./a*")) == ["a.jsonl"]
+    # As a pattern it means x1.jsonl.
+    assert expand_paths("web", ("x[1].jsonl",)) == ["x[1].jsonl"]
+    assert expand_paths("web", ("*.jsonl",)) == ["a.jsonl", "x1.jsonl", "x[1].jsonl"]
+    with pytest.raises(UserError, match="'f\\*' matches no file"):
+        expand_paths("web", ("f*",))
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")).touch()
+    with pytest.raises(
+        UserError, match=r"source 'web': '.*caf\\udce9.jsonl': its name is not UTF-8"
+    ) as error:
+        expand_paths("web", (f"{tmp_path}/*",))
+    assert str(error.value).isascii() and "\n" not in str(error.value)
