@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from preprocess.index import IndexedUnit, read_counts
@@ -104,6 +105,8 @@ class ScanCounts:
     units: int = 0
     damaged: int = 0
     first_damaged: str = ""
+    # Rows of every file of rejects that there has to be.
+    reject_rows: dict[Path, int] = field(default_factory=dict[Path, int])
 
 
 def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
@@ -117,6 +120,8 @@ def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
         line.rejected.update(found["rejected"])
         line.media_dropped.update(found["media_dropped"])
         line.units += 1
+        if rows := sum(found["rejected"].values()) + sum(found["media_dropped"].values()):
+            line.reject_rows[unit.rejects] = rows
         line.damaged += bool(found["lost"])
         line.first_damaged = line.first_damaged or found["lost"]
     return counts

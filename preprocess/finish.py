@@ -6,6 +6,7 @@ What there is one of per sample streams through; in memory stays what there is o
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,15 +19,16 @@ from rich.console import Console
 
 from preprocess.account import ScanCounts, SourceAccount, scan_counts, settle
 from preprocess.identity import made_by
-from preprocess.index import MEND, IndexedUnit
+from preprocess.index import IndexedUnit, mend_beside
 from preprocess.plan import PlannedShard, planned_shards
 from preprocess.report.stats import collect_stats, print_report
 from preprocess.samples import REJECT_SCHEMA, Reject, reject_table
 from preprocess.sources.base import SourceConfig
 from shared.dataset import MANIFEST, fingerprint_of
 from shared.errors import UserError
-from shared.files import atomic_path, existing, list_files, remove, write_json
+from shared.files import atomic_path, list_files, remove, write_json
 from shared.geometry import Budget
+from shared.remote import shown
 from shared.tables import read_table
 from shared.tokens import tokenizer_files
 
@@ -67,7 +69,7 @@ def finish(
         raise UserError(
             f"{output}: no sample is left to pack ({reasons}); look at the inputs and the mixture"
         )
-    _write_rejects(output / "rejects.parquet", _reject_tables(output, units, map(read_result, names)))
+    _write_rejects(output / "rejects.parquet", _reject_tables(output, scanned, map(read_result, names)))
     _copy_tokenizer(tokenizer, output / "tokenizer")
     account = {name: line.as_dict() for name, line in accounts.items()}
     stats = collect_stats(shards, account, plan, Budget(**contract["budget"]))
@@ -150,13 +152,19 @@ def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str,
 
 
 def _reject_tables(
-    output: Path, units: Sequence[IndexedUnit], results: Iterable[Mapping[str, Any]]
+    output: Path, scanned: Mapping[str, ScanCounts], results: Iterable[Mapping[str, Any]]
 ) -> Iterator[pa.Table]:
-    """What scan, plan and pack rejected, in this order."""
-    there = existing(unit.rejects for unit in units)
-    for unit in units:
-        if unit.rejects in there:
-            yield read_table(unit.rejects, mend=MEND, schema=REJECT_SCHEMA)
+    """What scan, plan and pack rejected, in this order.
+
+    Raises:
+        UserError: a file of rejects is gone or damaged, or is not that of its index.
+    """
+    for path, rows in itertools.chain.from_iterable(line.reject_rows.items() for line in scanned.values()):
+        mend = mend_beside(path.with_name(path.name.replace(".rejects", "")))
+        table = read_table(path, mend=mend, schema=REJECT_SCHEMA)
+        if len(table) != rows:
+            raise UserError(f"{shown(path)}: has {len(table)} rows, not {rows}; {mend}")
+        yield table
     for path in list_files(output / "plan", "*.rejects.parquet"):
         yield read_table(path, mend="delete plan/ and shards/ and run again", schema=REJECT_SCHEMA)
     for result in results:

@@ -5,7 +5,8 @@
     index/SOURCE/000000.media            encoded pictures that have no place of their own in a file; only if any
     index/SOURCE/000000.rejects.parquet  what is not trained on (REJECT_SCHEMA); only if any
 
-The first is written last: where it exists, the others are whole.
+The first is written last: where it exists, the others are whole, and it knows their sizes. The tokens have a checksum
+besides, as a flipped bit in them is another text; a picture's own format has to notice.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from preprocess.samples import (
     segments_column,
 )
 from shared.errors import UserError
-from shared.files import atomic_path
+from shared.files import atomic_path, file_checksum, file_size, remove
+from shared.remote import shown
 from shared.tables import open_table, read_table
 from shared.tokens import Tokens
 
@@ -62,7 +64,11 @@ class IndexedUnit:
 
     @property
     def rejects(self) -> Path:
-        return self.path.with_suffix(".rejects.parquet")
+        return reject_file(self.path)
+
+
+def reject_file(index: Path) -> Path:
+    return index.with_suffix(".rejects.parquet")
 
 
 def token_file(index: Path) -> Path:
@@ -109,6 +115,30 @@ def read_counts(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error!r}); {MEND}") from None
 
 
+def mend_beside(index: Path) -> str:
+    """What to do about a file that stands beside an index and is gone or damaged."""
+    return f"delete {index.name} beside it and run again, it will be scanned again"
+
+
+def check_stores(indexes: Sequence[Path]) -> None:
+    """Whether tokens and pictures beside each index are what the scan wrote.
+
+    Raises:
+        UserError: a file is gone or has another size, or its tokens another checksum.
+    """
+    for index in indexes:
+        counts, tokens, media = read_counts(index), token_file(index), media_file(index)
+        wanted = [(tokens, 4 * counts["text_tokens"])]
+        if counts["media_bytes"]:
+            wanted.append((media, counts["media_bytes"]))
+        for path, size in wanted:
+            if (found := file_size(path)) != size:
+                state = "is gone" if found is None else f"has {found} bytes, not {size}"
+                raise UserError(f"{shown(path)}: {state}; {mend_beside(index)}")
+        if file_checksum(tokens) != counts["token_checksum"]:
+            raise UserError(f"{shown(tokens)}: damaged (another checksum); {mend_beside(index)}")
+
+
 @dataclass(frozen=True, slots=True)
 class ScannedSample:
     """A usable sample; `texts` are the tokens of its text segments, ~token where not learned."""
@@ -133,6 +163,7 @@ class IndexWriter:
         self._rows: list[ScannedSample] = []
         self._rejects: list[Reject] = []
         self._lost = ""
+        self._token_digest = xxhash.xxh3_64()
         self.read = self.samples = self.media = 0
 
     def append(self, sample: ScannedSample) -> None:
@@ -142,7 +173,9 @@ class IndexWriter:
         for segment in sample.segments:
             if segment.kind == TEXT:
                 tokens = next(texts)
-                self._tokens.write(tokens.astype("<i4").tobytes())
+                data = tokens.astype("<i4").tobytes()
+                self._tokens.write(data)
+                self._token_digest.update(data)
                 segment = IndexSegment(TEXT, "", self._num_tokens, 0, len(tokens))
                 self._num_tokens += len(tokens)
                 self._num_unlearned += int((tokens < 0).sum())
@@ -186,12 +219,14 @@ class IndexWriter:
             "rejected": dict(sorted(samples.items())),
             "media_dropped": dict(sorted(media.items())),
             "lost": self._lost,
+            "token_checksum": self._token_digest.hexdigest(),
+            "media_bytes": self._media_bytes,
         }
 
     def close(self) -> None:
         self._flush()
         if self._rejects:
-            path = self._stack.enter_context(atomic_path(self._path.with_suffix(".rejects.parquet")))
+            path = self._stack.enter_context(atomic_path(reject_file(self._path)))
             pq.write_table(reject_table(self._rejects), path)
         self._tokens.close()
         if self._media is not None:
@@ -221,7 +256,12 @@ class IndexWriter:
 
 @contextmanager
 def open_index(path: Path) -> Generator[IndexWriter, None, None]:
-    """The writer of one unit's files, which appear when all is written, the index itself last."""
+    """The writer of one unit's files, which appear when all is written, the index itself last.
+
+    What an earlier scan left there goes first: this one may have no rejects, or no pictures to keep.
+    """
+    for old in (path, token_file(path), media_file(path), reject_file(path)):
+        remove(old)
     with ExitStack() as stack:
         writer = IndexWriter(path, stack)
         try:

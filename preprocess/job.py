@@ -20,7 +20,7 @@ from preprocess.executor import Executor, SerialExecutor
 from preprocess.faults import Limits
 from preprocess.finish import check_scan, finish
 from preprocess.identity import claim, plan_identity, scan_identity, short_hash
-from preprocess.index import IndexedUnit
+from preprocess.index import IndexedUnit, check_stores
 from preprocess.pack import PackTask, pack_shard
 from preprocess.plan import PLAN_SUMMARY, PlannedShard, make_plan, planned_shards
 from preprocess.progress import track
@@ -46,6 +46,8 @@ from shared.tokens import TextTokenizer, load_tokenizer
 # What a job writes below its output: nothing else there is ever touched.
 DIRECTORIES = ("index", "plan", "shards", "tokenizer", "report")
 FILES = (MANIFEST, "config.toml", "rejects.parquet")
+# A task's share of the token files that are read once, for their checksums, before anything is packed from them.
+UNITS_PER_CHECK = 64
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,10 @@ class Job:
         """Write every shard that is not there, or not whole, or of another plan."""
         plan = self.plan(executor)
         tasks = [self._pack_task(shard) for shard in planned_shards(plan) if not self._is_packed(shard.name)]
+        if tasks:
+            indexes = [unit.path.absolute() for unit in self.units]
+            groups = [indexes[n : n + UNITS_PER_CHECK] for n in range(0, len(indexes), UNITS_PER_CHECK)]
+            _run(executor, check_stores, groups, label="check", total=len(groups))
         total = sum(len(window["packs"]) for window in plan["windows"])
         _run(executor, pack_shard, tasks, label="pack", total=total)
 

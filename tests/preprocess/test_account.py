@@ -145,5 +145,8 @@ def test_what_the_scan_read_and_rejected_is_summed_over_its_files(tmp_path: Path
                 index.append(ScannedSample(f"{name}{number}", 0, segments, [np.zeros(5, np.int32)]))
                 index.reject(Reject(source, f"{name}{number}", "image_missing", "", media=1))
     counts = scan_counts(units)
-    assert counts["web"] == ScanCounts(4, 3, Counter(no_image=1), Counter(image_missing=3), units=2)
+    rows = {units[0].rejects: 3, units[1].rejects: 1}
+    assert counts["web"] == ScanCounts(
+        4, 3, Counter(no_image=1), Counter(image_missing=3), units=2, reject_rows=rows
+    )
     assert counts["x"] == ScanCounts(units=1)

@@ -509,6 +509,59 @@ def test_damaged_work_is_named_with_what_to_do(config: PreprocessConfig, damaged
         run_job(config)
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "said"),
+    [
+        ("000000.tokens", flip, "damaged (another checksum)"),
+        ("000000.tokens", lambda path: os.truncate(path, 8), "has 8 bytes, not "),
+        ("000000.tokens", Path.unlink, "is gone"),
+        ("000001.rejects.parquet", Path.unlink, "no such file"),
+    ],
+    ids=["flipped", "cut", "gone", "rejects"],
+)
+def test_what_stands_beside_an_index_is_checked_and_its_mend_is_true(
+    tmp_path: Path, name: str, harm: Callable[[Path], None], said: str
+) -> None:
+    paths = [write_samples(tmp_path / f"{n}.tar", mixed_samples(30, n, prefix=f"{n}-")) for n in range(2)]
+    broken = [member for n in range(2) for member in captioned(f"b{n}", b"<html>", "caption")]
+    fine = [member for n in range(8) for member in captioned(f"f{n}", png(8, 8), "caption")]
+    paths[1] = write_tar(tmp_path / "1.tar", broken + fine)
+    config = make_config(tmp_path, *paths, source={"max_reject_rate": 0.2})
+    run_job(config)
+    before = contents(state(config))
+    index = Path(config.output) / "index" / "web"
+    harm(index / name)
+    for shard in (Path(config.output) / "shards").iterdir():
+        shard.unlink()
+    number = name.partition(".")[0]
+    with pytest.raises(UserError) as caught:
+        run_job(config)
+    assert str(caught.value).startswith(f"{index / name}: {said}")
+    assert f"; delete {number}.parquet beside it and run again" in str(caught.value)
+    (index / f"{number}.parquet").unlink()
+    with open_job(config) as job:
+        job.scan(SerialExecutor(0))
+    after = contents(state(config))
+    assert {n: c for n, c in after.items() if n.startswith("index/")} == {
+        n: c for n, c in before.items() if n.startswith("index/")
+    }
+
+
+def test_a_scan_without_rejects_leaves_none_of_an_earlier_one(config: PreprocessConfig) -> None:
+    index = Path(config.output) / "index" / "web"
+    for name in ("000001.rejects.parquet", "000001.media"):
+        (index / name).write_bytes(b"old")
+    (index / "000001.parquet").unlink()
+    run_job(config)
+    assert sorted(path.name for path in index.glob("000001.*")) == ["000001.parquet", "000001.tokens"]
+
+
 def test_a_budget_whose_packs_no_parquet_value_holds_is_refused(finished: PreprocessConfig) -> None:
     # P = 48 bytes per patch of 4 x 4 pixels: 2**31 / 48 = 44,739,242.7 patches.
     geometry = replace(finished.geometry, patch_size=4, temporal_patch_size=1)
