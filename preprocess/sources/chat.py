@@ -8,7 +8,6 @@ Whose words are whose is known to the character, so that nothing a user writes i
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from preprocess.sources.chat_rendering import specials_of
 from preprocess.sources.chat_template import load_template
 from preprocess.sources.chat_text import chat_texts
 from preprocess.sources.chat_turns import ChatError, read_conversation
-from preprocess.sources.pictures import picture
+from preprocess.sources.pictures import picture, picture_root
 from preprocess.sources.records import keyed_records
 from preprocess.sources.saved import expand_tables
 from shared.tokens import load_tokenizer
@@ -75,7 +74,7 @@ class Chat:
         return expand_tables(self._name, self._config.paths)
 
     def scan(self, unit: str) -> Iterator[RawSample | Reject]:
-        root = os.path.join(os.path.dirname(unit), self._config.image_root)
+        root = picture_root(unit, self._config.image_root)
         for row in keyed_records(self._name, unit, None, "", self._most_page):
             if isinstance(row, Reject):
                 yield row

@@ -12,11 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocess.job import run_job
-from preprocess.samples import Media, Missing, Place
+from preprocess.samples import Media, Missing, Place, RawSample, Text
+from preprocess.sources import open_source
+from preprocess.sources.base import SourceContext
+from preprocess.sources.chat import ChatConfig
 from preprocess.sources.interleaved import InterleavedConfig
 from preprocess.sources.pictures import picture
 from preprocess.verify import verify_dataset
 from shared import remote
+from shared.tokens import TokenNames
+from tests.preprocess.chat_inputs import STYLES, chat_tokenizer, llava
 from tests.preprocess.inputs import make_config, png
 from tests.preprocess.reference import Reference
 from tests.preprocess.stores import BUCKET, put, s3_server
@@ -57,6 +62,18 @@ def test_a_picture_in_a_store_is_read_from_its_place() -> None:
 def test_what_is_not_in_a_store_has_a_reason(name: str, reason: str) -> None:
     found = picture(name, f"s3://{BUCKET}/images")
     assert isinstance(found, Missing) and found.reason == reason
+
+
+def test_a_conversation_here_finds_its_pictures_in_a_store(tmp_path: Path) -> None:
+    put("chat/a.png", A)
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(llava("<image>Hi", "Yes.", image="a.png")))
+    config = ChatConfig(paths=(str(path),), image_root=f"s3://{BUCKET}/chat")
+    context = SourceContext("chat", chat_tokenizer(tmp_path / "tokenizer", STYLES["chatml"]), TokenNames())
+    [entry] = open_source(config, context).scan(str(path))
+    assert isinstance(entry, RawSample)
+    [found] = [segment for segment in entry.segments if not isinstance(segment, Text)]
+    assert isinstance(found, Media) and found.place == Place(f"s3://{BUCKET}/chat/a.png", 0, len(A))
 
 
 def test_documents_in_a_store_are_packed_with_pictures_from_there_and_from_here(tmp_path: Path) -> None:
