@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -13,6 +14,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function) -> Function:
     """Machine code, made at the first call and kept beside the source; no thread of its own, no lock held.
 
+    Where neither the source's directory nor the user's cache can be written, every process compiles anew,
+    and says so.
     `pack_pieces` gives every argument one fixed type, so each function is compiled once.
     """
-    return cast(Function, numba.njit(cache=True, nogil=True)(function))
+    try:
+        return cast(Function, numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        warnings.warn(
+            f"the packer is compiled anew in every process, nothing beside {__file__} can be written; "
+            "set NUMBA_CACHE_DIR to a directory that can",
+            stacklevel=2,
+        )
+        return cast(Function, numba.njit(nogil=True)(function))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from time import process_time
 
 import numpy as np
@@ -15,6 +20,7 @@ from hypothesis import strategies as st
 from preprocess.packing import Packing, pack_pieces
 from shared.geometry import Budget
 
+ROOT = Path(__file__).resolve().parents[2]
 Piece = tuple[int, list[int]]  # tokens, patches of each image
 
 
@@ -348,3 +354,33 @@ def test_rows_of_more_patches_than_32_bits_count_are_packed_as_well() -> None:
 def test_an_s_beyond_what_is_counted_is_refused() -> None:
     with pytest.raises(ValueError, match=r"S = 1073741824 is too large to plan"):
         pack([(5, [])], Budget(S=1 << 30, N=1, L=1))
+
+
+@pytest.mark.slow
+def test_packing_runs_where_no_machine_code_can_be_kept(tmp_path: Path) -> None:
+    # Files stand where the directories of both caches would be made: that stops the superuser, too.
+    for folder in ("preprocess/packing", "shared"):
+        (tmp_path / folder).mkdir(parents=True)
+        for path in (ROOT / folder).glob("*.py"):
+            shutil.copy(path, tmp_path / folder)
+    (tmp_path / "preprocess" / "packing" / "__pycache__").touch()
+    (tmp_path / "home").touch()
+    program = (
+        "import numpy as np, preprocess.packing as packing, shared.geometry as geometry\n"
+        "budget, no_images = geometry.Budget(S=10, N=1, L=4), np.zeros(4, int)\n"
+        "print(packing.__file__)\n"
+        "print(packing.pack_pieces(np.array([5, 5, 5]), no_images, np.empty(0), budget).num_packs)"
+    )
+    home = str(tmp_path / "home")
+    environment = {**os.environ, "HOME": home, "XDG_CACHE_HOME": f"{home}/cache", "NUMBA_CACHE_DIR": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    expected = f"{tmp_path}/preprocess/packing/__init__.py\n2\n"
+    assert (done.stdout, done.returncode) == (expected, 0), done.stderr
+    assert "set NUMBA_CACHE_DIR to a directory" in done.stderr
