@@ -110,7 +110,10 @@ def _list_records(file: io.BufferedReader) -> Iterator[Record | Damage]:
         text.take("[")
         while number or not text.sees("]"):
             item, source = text.take_value()
-            yield _checked_text(number, item, source)
+            if text.fault:
+                yield Damage(number, "json_invalid", text.fault)
+            else:
+                yield _checked_text(number, item, source)
             number += 1
             if text.sees("]"):
                 break
@@ -137,7 +140,9 @@ class _TextWindow:
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-        self._json = json.JSONDecoder()
+        self._json = json.JSONDecoder(parse_int=self._whole_number)
+        # What is wrong with the value that was taken last, though its end is known.
+        self.fault = ""
         self._text, self._position, self._ended = "", 0, False
 
     def sees(self, mark: str) -> bool:
@@ -161,6 +166,7 @@ class _TextWindow:
         """The next value, and its text."""
         self.sees("")
         while True:
+            self.fault = ""
             try:
                 value, end = self._json.raw_decode(self._text, self._position)
                 if end < len(self._text) or self._ended:  # or it may be the beginning of a number
@@ -176,6 +182,13 @@ class _TextWindow:
         source = self._text[self._position : end]
         self._position = end
         return value, source
+
+    def _whole_number(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError as error:  # Python's limit, as for lines of JSON
+            self.fault = str(error)
+            return 0
 
     def _read(self) -> None:
         """At least as much again, so that an item over many reads is not parsed too often."""

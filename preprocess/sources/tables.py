@@ -192,9 +192,35 @@ def _lost_rows(size: int, first: int, count: int, detail: str) -> Iterator[Damag
         yield Damage(number, "rows_unreadable", detail)
 
 
+def _with_python_times(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Times in nanoseconds, which Python has no objects for, in whole microseconds; pandas writes the former."""
+    types = [_python_time(kind) for kind in batch.schema.types]
+    if types == batch.schema.types:
+        return batch
+    columns = [column.cast(kind, safe=False) for column, kind in zip(batch.columns, types, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _python_time(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_struct(kind):
+        inner = [_python_time(field.type) for field in kind.fields]
+        changed = inner != [field.type for field in kind.fields]
+        return pa.struct([(f.name, t) for f, t in zip(kind.fields, inner, strict=True)]) if changed else kind
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        value = _python_time(kind.value_type)
+        if value == kind.value_type:
+            return kind
+        return pa.list_(value) if pa.types.is_list(kind) else pa.large_list(value)
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    return pa.time64("us") if kind == pa.time64("ns") else kind
+
+
 def _rows(batch: pa.RecordBatch, first: int) -> Iterator[Record | Damage]:
     try:
-        values = batch.to_pylist()
+        values = _with_python_times(batch).to_pylist()
     except (ValueError, OverflowError, pa.ArrowException) as error:
         if batch.num_rows == 1:
             reason = "row_not_utf8" if isinstance(error, UnicodeDecodeError) else "row_unreadable"

@@ -297,6 +297,34 @@ def test_a_text_of_a_table_that_is_no_utf8_costs_its_row(tmp_path: Path) -> None
     assert outline(found) == [0, (1, "row_not_utf8"), 2]
 
 
+def test_times_in_nanoseconds_cost_no_row(tmp_path: Path) -> None:
+    stamp = pa.timestamp("ns", "UTC")
+    table = pa.table(
+        {
+            "text": ["a", "b"],
+            "at": pa.array([1_001, None], stamp),
+            "took": pa.array([2_002, 3_003], pa.duration("ns")),
+            "turns": pa.array([[{"at": 4_004}], []], pa.list_(pa.struct([("at", stamp)]))),
+            "noon": pa.array([5_005, 6_006], pa.time64("ns")),
+        }
+    )
+    for name, content in (("a.parquet", parquet(table)), ("a.arrow", arrow(pa.ipc.new_stream, table, 2))):
+        first, second = read(tmp_path / name, content)
+        assert isinstance(first, Record) and isinstance(second, Record)
+        assert [(row.value["text"], row.value["noon"].microsecond) for row in (first, second)] == [
+            ("a", 5),
+            ("b", 6),
+        ]
+        assert first.value["at"].microsecond == 1 and first.value["took"].microseconds == 2
+        assert first.value["turns"][0]["at"].microsecond == 4 and second.value["at"] is None
+
+
+def test_a_number_of_too_many_digits_costs_its_item_of_a_list(tmp_path: Path) -> None:
+    content = b'[{"a": 1}, {"a": ' + b"9" * 5000 + b'}, {"a": 3}]'
+    found = read(tmp_path / "a.json", content)
+    assert outline(found) == [0, (1, "json_invalid"), 2]
+
+
 def test_a_damaged_batch_of_an_arrow_file_costs_its_rows(tmp_path: Path) -> None:
     table = pa.table({"text": [f"row {number}" for number in range(6)]})
     for new in (pa.ipc.new_stream, pa.ipc.new_file):
