@@ -146,8 +146,8 @@ def settle(
         account.rejected.update(line["rejected"])
         account.parts_made, account.split_parts = line["parts"], line["split"]
         account.media_read = line["media"] + account.media_dropped.total()
-    # By source, unit, key and copy: the reasons of the parts that failed, and the parts that there were.
-    failed_parts: defaultdict[tuple[str, str, str, int], list[tuple[str, int]]] = defaultdict(list)
+    # By source, unit, row of its index and copy: the reasons of the parts that failed, and the parts that there were.
+    failed_parts: defaultdict[tuple[str, str, int, int], list[tuple[str, int]]] = defaultdict(list)
     for result in results:
         for name, counts in result["packed"].items():
             accounts[name].packed += counts["whole"]
@@ -160,7 +160,7 @@ def settle(
                 account.rejected[reason] += 1
             else:
                 account.parts_rejected[reason] += 1
-                sample = (row["source"], row["unit"], row["key"], row["copy"])
+                sample = (row["source"], row["unit"], row["row"], row["copy"])
                 failed_parts[sample].append((reason, row["parts"]))
     for (name, *_), failures in failed_parts.items():
         if len(failures) == failures[0][1]:  # every part failed: nothing of the sample is left

@@ -104,6 +104,7 @@ class Piece:
     index: str
     unit: str
     key: str
+    row: int
     copy: int
     part: int
     parts: int
@@ -215,7 +216,7 @@ def _load_piece(
     dropped: list[ImageError] = []
     number = -1
     part = -1 if piece.parts == 1 else piece.part
-    origin = {"unit": piece.unit, "copy": piece.copy, "parts": piece.parts}
+    origin = {"unit": piece.unit, "row": piece.row, "copy": piece.copy, "parts": piece.parts}
     for segment in piece.segments:
         begin(NO_ITEM)  # a store may take its time
         if segment.kind == TEXT:

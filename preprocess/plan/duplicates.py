@@ -1,7 +1,7 @@
 """Exact duplicates: samples made of the same texts and pictures, over all sources and both splits.
 
-    hashes   each index file -> its content hashes, sorted, with their rows                    (a task per file)
-    ranges   the same stretch of hash values of all of them -> equal ones, and which is first   (a task per range)
+    hashes   each index file -> its content hashes, sorted, with their rows and where each range begins  (a task each)
+    ranges   the same stretch of hash values of all of them, nothing else is read -> equal ones          (a task each)
     bits     one per row, set where a duplicate is dropped: 125 MB for 10^9 samples
 
 A task holds one range, some 2^23 hashes, whatever the number of samples. Of a group that one stays which is used: the
@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +30,7 @@ from preprocess.plan.mixture import chosen_rows
 from preprocess.plan.pieces import Samples, cut_into_pieces
 from preprocess.samples import REJECT_SCHEMA
 from preprocess.sources.base import SourceConfig
-from shared.files import atomic_path, exists, open_file, read_json, remove_tree, write_json
-from shared.remote import is_remote
+from shared.files import atomic_path, exists, open_file, read_json, read_part, remove_tree, write_json
 
 DUPLICATE = "duplicate"
 # A task takes 43 bytes for each, 360 MB, where every second one is a duplicate.
@@ -43,11 +41,12 @@ USED, PERHAPS, UNUSED = range(3)
 
 @dataclass(frozen=True, slots=True)
 class HashTask:
-    """`output`: where the sorted hashes go, without a suffix. `source`: of the unit."""
+    """`output`: where the sorted hashes go. `source`: of the unit. `ranges`: how many there are."""
 
     unit: PlanUnit
     source: SourceConfig
     output: Path
+    ranges: int
     settings: PlanSettings
 
     def __str__(self) -> str:
@@ -93,12 +92,12 @@ def find_duplicates(
     if exists(summary):
         remove_tree(hashes)
         return read_json(summary)
+    ranges = max(1, -(-num_rows // HASHES_PER_RANGE))
     sort = [
-        HashTask(unit, sources[unit.source], hashes / f"{number:06d}", settings)
+        HashTask(unit, sources[unit.source], _hash_file(hashes, number), ranges, settings)
         for number, unit in enumerate(units)
     ]
     run(sort_hashes, sort, label="hashes", total=len(sort))
-    ranges = max(1, -(-num_rows // HASHES_PER_RANGE))
     tasks = [RangeTask(number, ranges, units, hashes, drop) for number in range(ranges)]
     counts = run(compare_range, tasks, label="duplicates", total=ranges)
     if drop:
@@ -121,7 +120,9 @@ def dropped_bits(output: Path) -> Path:
 
 
 def sort_hashes(task: HashTask) -> None:
-    """Write content hashes in rising order, and with each 8 * row + 2 * (what it comes to) + (1 if validation)."""
+    """Write the number of the first hash of every range and of all hashes, int64 [ranges + 1]; the hashes, uint64,
+    rising; and for each 8 * row + 2 * (what it comes to) + (1 if validation), uint32.
+    """
     drop = task.settings.config.duplicates == "drop"
     columns = ["key_hash", "content_hash", *(["key", "segments"] if drop else [])]
     hashes, flags = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)]
@@ -136,9 +137,12 @@ def sort_hashes(task: HashTask) -> None:
     content = np.concatenate(hashes)
     order = np.argsort(content, kind="stable")
     row = (np.arange(len(content), dtype=np.uint32) << 3) | np.concatenate(flags)
-    for kind, values in (("hash", content[order]), ("row", row[order])):
-        with atomic_path(_run_file(task.output, kind)) as temporary, open(temporary, "wb") as file:
-            np.save(file, values)
+    content = content[order]
+    lows = [(number << 64) // task.ranges for number in range(task.ranges)]
+    borders = np.append(np.searchsorted(content, np.array(lows, np.uint64)), len(content)).astype(np.int64)
+    with atomic_path(task.output) as temporary, open(temporary, "wb") as file:
+        for values in (borders, content, row[order]):
+            values.tofile(file)
 
 
 def _fates(task: HashTask, block: pa.Table, begin: int, validation_n: Mask) -> npt.NDArray[np.uint32]:
@@ -149,7 +153,7 @@ def _fates(task: HashTask, block: pa.Table, begin: int, validation_n: Mask) -> n
     chosen = chosen_rows(repeat, 0, settings.seed, unit.place, np.arange(begin, begin + len(block)))
     fate_n = np.where(validation_n | chosen, USED, PERHAPS if weighted else UNUSED).astype(np.uint32)
     zeros = np.zeros(len(block), np.int32)
-    samples = Samples(block["key"].combine_chunks(), block["segments"].combine_chunks(), zeros, zeros)
+    samples = Samples(block["key"].combine_chunks(), block["segments"].combine_chunks(), zeros, zeros, zeros)
     images_per_row = settings.config.images_per_row
     _, rejected = cut_into_pieces(
         samples, [unit.source], settings.too_long, settings.budget, settings.ids, images_per_row
@@ -158,16 +162,9 @@ def _fates(task: HashTask, block: pa.Table, begin: int, validation_n: Mask) -> n
     return fate_n
 
 
-def _run_file(base: Path, kind: str) -> Path:
-    return base.with_name(f"{base.name}.{kind}.npy")
-
-
-def _load(path: Path) -> Any:
-    """An array, mapped where it lies on this machine; from a store it comes whole."""
-    if not is_remote(path):
-        return np.load(path, mmap_mode="r")
-    with open_file(path) as file:
-        return np.load(io.BytesIO(file.read()))
+def _hash_file(hashes: Path, number: int) -> Path:
+    """What `sort_hashes` writes of a unit."""
+    return hashes / f"{number:06d}.hashes"
 
 
 def compare_range(task: RangeTask) -> dict[str, dict[str, int]]:
@@ -198,14 +195,15 @@ def _read_range(
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
     """Hashes of the range, their rows as `sort_hashes` wrote them, and their units."""
     hashes, rows, counts = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], []
-    low, high = ((number << 64) // task.ranges for number in (task.number, task.number + 1))
+    body = 8 * (task.ranges + 1)
     for number in range(len(task.units)):
-        base = task.hashes / f"{number:06d}"
-        own = _load(_run_file(base, "hash"))
-        begin = np.searchsorted(own, np.uint64(low))
-        end = np.searchsorted(own, np.uint64(high)) if high < 1 << 64 else len(own)
-        hashes.append(own[begin:end])
-        rows.append(_load(_run_file(base, "row"))[begin:end])
+        path = _hash_file(task.hashes, number)
+        borders = np.frombuffer(read_part(path, 0, body), np.int64).tolist()
+        begin, end, total = borders[task.number], borders[task.number + 1], borders[-1]
+        own = read_part(path, body + 8 * begin, body + 8 * end)
+        hashes.append(np.frombuffer(own, np.uint64))
+        own = read_part(path, body + 8 * total + 4 * begin, body + 8 * total + 4 * end)
+        rows.append(np.frombuffer(own, np.uint32))
         counts.append(end - begin)
     units = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return np.concatenate(hashes), np.concatenate(rows), units
@@ -260,7 +258,8 @@ def _join(words: str, sources: pa.Array, keys: pa.Array) -> pa.Array:
 def _write_bits(path: Path, num_rows: int, dropped: Sequence[Path]) -> None:
     bits = np.zeros(-(-num_rows // 8), np.uint8)
     for part in dropped:
-        rows = _load(part)
+        with open_file(part) as file:
+            rows = np.load(io.BytesIO(file.read()))
         np.bitwise_or.at(bits, rows >> 3, (1 << (rows & 7)).astype(np.uint8))
     with atomic_path(path) as temporary:
         bits.tofile(temporary)

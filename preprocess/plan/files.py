@@ -25,8 +25,9 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 # One row per piece, sorted by shard and pack. `pack`: number within its shard. `index`: its unit's index file below
-# index/. `copy`: which use of a repeated sample. `segments`: those of the piece, texts cut to it
-# (`stream.clip_segments`). `length`: tokens of the whole sample. `rows`: the vision rows of its images.
+# index/, `row` its sample's row there, as keys may repeat. `copy`: which use of a repeated sample. `segments`: those of
+# the piece, texts cut to it (`stream.clip_segments`). `length`: tokens of the whole sample. `rows`: the vision rows of
+# its images.
 PLAN_SCHEMA = pa.schema(
     [
         ("pack", pa.int32()),
@@ -34,6 +35,7 @@ PLAN_SCHEMA = pa.schema(
         ("index", pa.string()),
         ("unit", pa.string()),
         ("key", pa.string()),
+        ("row", pa.int32()),
         ("copy", pa.int32()),
         ("part", pa.int32()),
         ("parts", pa.int32()),

@@ -21,11 +21,15 @@ from shared.tokens import TokenIds
 
 @dataclass(slots=True)
 class Samples:
-    """Rows of the index. `unit_n`: number of the unit among those of the window. `copy_n`: which use of the sample."""
+    """Rows of the index. `unit_n`: number of the unit among those of the window; `row_n`: of the row in its index.
+
+    `copy_n`: which use of the sample.
+    """
 
     key: pa.Array
     segments: pa.ListArray
     unit_n: npt.NDArray[np.int32]
+    row_n: npt.NDArray[np.int32]
     copy_n: npt.NDArray[np.int32]
 
     def __len__(self) -> int:

@@ -84,7 +84,7 @@ def plan_window(task: WindowTask) -> None:
 
 def _read_samples(task: WindowTask) -> tuple[Samples, list[pa.Table]]:
     """The samples of the window's split that are used here, and those that the mixture leaves out, as rejects."""
-    keys, segments, unit_n, copy_n = [], [], [], []
+    keys, segments, unit_n, row_n, copy_n = [], [], [], [], []
     rejects = [REJECT_SCHEMA.empty_table()]
     for number, unit in enumerate(task.units):
         slices = task.slices[task.slices["unit"] == number]
@@ -94,6 +94,7 @@ def _read_samples(task: WindowTask) -> tuple[Samples, list[pa.Table]]:
             table = block.slice(first, rows)
             eligible, chosen = _choose(task, unit, begin + first, table["key_hash"].to_numpy(), copy)
             tables.append(table.filter(pa.array(chosen)).select(["key", "segments"]))
+            row_n.append((begin + first + np.flatnonzero(chosen)).astype(np.int32))
             copy_n.append(np.full(len(tables[-1]), copy, np.int32))
             if copy == 0 and (eligible & ~chosen).any():
                 rejects.append(
@@ -107,6 +108,7 @@ def _read_samples(task: WindowTask) -> tuple[Samples, list[pa.Table]]:
         pa.concat_arrays([pa.array([], pa.string()), *keys]),
         pa.concat_arrays([pa.array([], SEGMENTS_TYPE), *segments]),
         np.concatenate([np.empty(0, np.int32), *unit_n]),
+        np.concatenate([np.empty(0, np.int32), *row_n]),
         np.concatenate([np.empty(0, np.int32), *copy_n]),
     )
     return samples, rejects
@@ -193,6 +195,7 @@ def _write_plan(
         "index": pa.array([unit.place for unit in task.units]).take(unit),
         "unit": pa.array([unit.unit for unit in task.units]).take(unit),
         "key": samples.key.take(pa.array(pieces.sample)),
+        "row": samples.row_n[pieces.sample],
         "copy": samples.copy_n[pieces.sample],
         **{
             name: getattr(pieces, name) for name in ("part", "parts", "start", "end", "length", "first_image")

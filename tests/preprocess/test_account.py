@@ -36,6 +36,7 @@ def failure(
         "part": part if parts > 1 else -1,
         "media": -1,
         "unit": unit,
+        "row": ord(key),
         "copy": 0,
         "parts": parts,
         **changes,
@@ -89,8 +90,8 @@ def test_a_cut_sample_counts_as_split_until_its_last_part_fails() -> None:
     assert account.losses == {"image_corrupt": 2}
 
 
-def test_parts_of_equal_keys_in_two_files_or_copies_are_two_samples() -> None:
-    for other in ({"unit": "two"}, {"copy": 1}):
+def test_parts_of_equal_keys_in_two_files_rows_or_copies_are_two_samples() -> None:
+    for other in ({"unit": "two"}, {"row": 7}, {"copy": 1}):
         results = [result(0, 2, failure("k", 0, 2), failure("k", 1, 2, **other))]
         account = settle(["web"], {"web": scanned(2)}, {"web": planned(0, 2, 4)}, results)["web"]
         assert account.split_parts == 2 and account.imbalance() is None

@@ -19,7 +19,7 @@ from tests.preprocess.planning import IDS
 def samples_of(documents: list[list[IndexSegment]]) -> Samples:
     zeros = np.zeros(len(documents), np.int32)
     keys = pa.array([f"{n}" for n in range(len(documents))])
-    return Samples(keys, segments_column(documents), zeros, zeros)
+    return Samples(keys, segments_column(documents), zeros, zeros, zeros)
 
 
 def cut(samples: Samples, budget: Budget) -> Pieces:
