@@ -26,6 +26,6 @@ def compiled(function: Function) -> Function:
         warnings.warn(
             f"the packer is compiled anew in every process, nothing beside {__file__} can be written; "
             "set NUMBA_CACHE_DIR to a directory that can",
-            stacklevel=2,
+            stacklevel=1,
         )
         return cast(Function, numba.njit(nogil=True)(function))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from preprocess.plan import duplicates
+from shared.files import read_part
 from tests.preprocess.planning import Planned, Segment, plan, text
 
 # Files in the order of the config: web/0, web/1, chat/0.
@@ -65,6 +66,24 @@ def test_a_duplicate_across_the_splits_is_counted_and_dropped_on_whichever_side_
     assert {piece["key"]: piece["split"] for piece in planned.pieces} == {
         key: where for key, where in split.items() if key.startswith("0-")
     }
+
+
+def test_the_ranges_together_read_every_hash_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "HASHES_PER_RANGE", 100)  # 10 ranges
+    rng = np.random.default_rng(0)
+    samples: dict[str, Any] = {f"web/{n}": {f"{n}-{row}": [text(2)] for row in range(500)} for n in range(2)}
+    content = {key: int(rng.integers(1, 1 << 63)) << 1 for own in samples.values() for key in own}
+    read: list[int] = []
+
+    def counted(path: Path, start: int, end: int) -> bytes:
+        part = read_part(path, start, end)
+        read.append(len(part))
+        return part
+
+    monkeypatch.setattr(duplicates, "read_part", counted)
+    plan(tmp_path, samples, content=content)
+    # 8 bytes of hash and 4 of row for each of 1000; 10 times, of 2 files, where each of the 10 ranges begins and ends.
+    assert sum(read) == 1000 * 12 + 10 * 2 * 8 * 11
 
 
 def test_a_sample_that_is_too_long_takes_no_other_one_with_it(tmp_path: Path) -> None:
