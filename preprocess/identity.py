@@ -26,6 +26,8 @@ from shared.files import canonical_json, exists, has_files, read_json, remove, r
 from shared.schema import FORMAT_VERSION
 
 IDENTITY = "identity.json"
+# Settings of the geometry that decide pixels, and no size.
+PIXELS = ("filter", "mean", "std")
 
 
 def scan_identity(
@@ -33,10 +35,19 @@ def scan_identity(
 ) -> dict[str, Any]:
     """Everything that the index depends on."""
     settings = to_dict(config)
-    # Ceilings stop a job and rules cut samples later: neither changes what the scan writes.
-    later = ("max_reject_rate", "too_long", "repeat", "weight")
+    # Ceilings stop a job and rules cut samples later: neither changes what the scan writes. Nor does `bad_file`: a job
+    # that stops at a file writes nothing of it; a file that was rejected stays so.
+    later = ("max_reject_rate", "too_long", "repeat", "weight", "bad_file")
+    # What a worker may take decides whether work ends, not its bytes. What ended under less is kept as `crashed`.
+    limits = {
+        key: value for key, value in settings["limits"].items() if key not in ("max_seconds", "max_memory")
+    }
+    # How pixels are resized and centred: the scan needs sizes alone.
+    geometry = {key: value for key, value in settings["geometry"].items() if key not in PIXELS}
     return {
-        **{key: settings[key] for key in ("geometry", "tokens", "limits", "video")},
+        "geometry": geometry,
+        "limits": limits,
+        **{key: settings[key] for key in ("tokens", "video")},
         "sources": {
             name: {key: value for key, value in source.items() if key not in later}
             for name, source in settings["sources"].items()
@@ -80,6 +91,7 @@ def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, A
             name: {key: source[key] for key in ("too_long", "bad_media", "repeat", "weight")}
             for name, source in settings["sources"].items()
         },
+        "pixels": {key: settings["geometry"][key] for key in PIXELS},
         **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec", "images")},
         "codec_settings": codec_settings(
             config.codec, jpeg_quality=config.jpeg_quality, zstd_level=config.zstd_level

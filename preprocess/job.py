@@ -280,5 +280,5 @@ def _run(
         ) from None
     except MemoryError:
         raise UserError(
-            f"{label}: out of memory; lower limits.max_pixels or --ray.workers, the same command goes on"
+            f"{label}: out of memory; give it fewer workers (--ray.workers) or more memory, the same command goes on"
         ) from None

@@ -237,15 +237,17 @@ def test_rebuild_throws_the_old_work_away_and_equals_a_fresh_run(
 
 def test_a_change_of_the_plan_alone_keeps_the_index(config: PreprocessConfig) -> None:
     before = state(config)
-    run_job(replace(config, seed=3, on_change="rebuild"))
-    redone = changed(before, state(config))
-    assert redone and not any(name.startswith("index/") for name in redone)
+    for change in ({"seed": 3}, {"geometry": replace(GEOMETRY, filter="bicubic", mean=(0.4, 0.5, 0.6))}):
+        run_job(replace(config, **change, on_change="rebuild"))
+        redone = changed(before, state(config))
+        assert redone and not any(name.startswith("index/") for name in redone)
 
 
 def test_settings_that_change_no_byte_are_not_refused(config: PreprocessConfig) -> None:
     before = state(config)
-    source = replace(config.sources["web"], max_reject_rate=0.5)
-    other = replace(config, sources={"web": source}, retries=7)
+    source = replace(config.sources["web"], max_reject_rate=0.5, bad_file="reject")
+    limits = replace(config.limits, max_seconds=99.0, max_memory=1 << 31)
+    other = replace(config, sources={"web": source}, retries=7, limits=limits)
     run_job(other)
     assert changed(before, state(config)) == set()
 
