@@ -31,15 +31,17 @@ class ImageLimits:
     min_side: int = 1
     # Longest side : shortest side. Beyond it a picture is a line: of 256 patches of 16 pixels one high or wide.
     max_aspect: float = 200.0
+    # Of all texts of a sample. Plain text is tokenized in pieces, so that documents may be as long as a record
+    # (64 MiB); a conversation in one go, which takes some 120 times its size in memory.
+    max_text_bytes: int = 4 << 20
     # The work on one picture may take this long, and a worker hold this many bytes. Beyond, the worker ends; the
     # sample is found and counted as `crashed`. With the serial executor they do nothing.
     max_seconds: float = 30.0
     max_memory: int = 1_500_000_000
 
     def __post_init__(self) -> None:
-        require_at_least(
-            self, 1, "max_pixels", "max_bytes", "max_side", "min_side", "max_aspect", "max_memory"
-        )
+        require_at_least(self, 1, "max_pixels", "max_bytes", "max_side", "min_side", "max_aspect")
+        require_at_least(self, 1, "max_text_bytes", "max_memory")
         if self.max_side < self.min_side:
             raise ValueError(
                 f"max_side {self.max_side} is below min_side {self.min_side}: no picture is left"

@@ -43,10 +43,9 @@ from shared.geometry import Geometry, resize_grid, visual_tokens
 from shared.tokens import TextTokenizer, TokenNames, Tokens, load_tokenizer
 
 # A batch is tokenized and resized in one call each. Text takes some 120 times its size while it is tokenized
-# (measured with a BPE of 8192): 1 MiB keeps a worker small, and one text more may be 4 MiB (MAX_TEXT_BYTES).
+# (measured with a BPE of 8192): 1 MiB keeps a worker small, and one text more is cut into pieces (`text.PIECE`).
 BATCH_SAMPLES = 1024
 BATCH_CHARACTERS = 1 << 20
-MAX_TEXT_BYTES = 4 << 20
 # Pictures without a place wait in memory for their batch.
 BATCH_MEDIA_BYTES = 64 << 20
 # Reading the next record or picture may mean reading from a distant store: it may take this many times longer than
@@ -204,10 +203,9 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
     draft.segments = [_TEXT_SEGMENT if isinstance(part, Text) else part.segment for part in parts]
     draft.texts = [part for part in parts if isinstance(part, Text)]
     size = sum(len(text.text.encode()) for text in draft.texts)
-    if size > MAX_TEXT_BYTES:
-        draft.failed = Reject(
-            task.source, entry.key, "text_too_many_bytes", f"{size} bytes, limit {MAX_TEXT_BYTES}"
-        )
+    if size > (most := task.limits.max_text_bytes):
+        detail = f"{size} bytes, limit {most} (limits.max_text_bytes)"
+        draft.failed = Reject(task.source, entry.key, "text_too_many_bytes", detail)
     elif not draft.segments:
         reason = "no_usable_image" if draft.dropped else "empty"
         draft.failed = Reject(task.source, entry.key, reason, f"{len(draft.dropped)} images dropped, no text")

@@ -17,6 +17,10 @@ import numpy as np
 from preprocess.samples import Text
 from shared.tokens import TextTokenizer, Tokens
 
+# Characters of plain text that are tokenized in one go, which takes some 120 times their size in memory. At the
+# borders of the pieces of a longer text tokens may differ from those of one tokenization.
+PIECE = 1 << 20
+
 Spans = tuple[tuple[int, int], ...]
 
 
@@ -32,12 +36,29 @@ def encode_texts(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Tokens
     """int32 ids of each text, ~id where the token is not learned."""
     plain = [number for number, text in enumerate(texts) if text.learned is None and not text.special]
     result: list[Tokens | TextError] = [TextError("", "")] * len(texts)
-    for number, ids in zip(plain, tokenizer.encode([texts[n].text for n in plain]), strict=True):
+    short = [number for number in plain if len(texts[number].text) <= PIECE]
+    for number, ids in zip(short, tokenizer.encode([texts[n].text for n in short]), strict=True):
         result[number] = _checked(ids, texts[number].text, tokenizer)
+    for number in sorted(set(plain) - set(short)):
+        text = texts[number].text
+        pieces = [tokenizer.encode([piece], inner=start > 0)[0] for start, piece in _pieces(text)]
+        result[number] = _checked(np.concatenate(pieces), text, tokenizer)
     marked = [number for number, text in enumerate(texts) if text.learned is not None or text.special]
     for number, found in zip(marked, _encode_marked([texts[n] for n in marked], tokenizer), strict=True):
         result[number] = found
     return result
+
+
+def _pieces(text: str) -> Iterator[tuple[int, str]]:
+    """A long text in pieces of at most PIECE characters with their places, cut behind a paragraph, a line or a word."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            borders = (text.rfind(mark, start, end) + len(mark) for mark in ("\n\n", "\n", " "))
+            end = next((border for border in borders if border > start + PIECE // 2), end)
+        yield start, text[start:end]
+        start = end
 
 
 def _checked(ids: Tokens, text: str, tokenizer: TextTokenizer) -> Tokens | TextError:

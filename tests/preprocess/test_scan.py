@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,15 @@ def test_the_hash_tells_how_texts_are_cut_whose_they_are_and_what_is_learned(
     assert len(hashes) == 8 and len(set(hashes.values())) == 6
 
 
+def test_how_long_a_text_may_be_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "open_source", lambda config, context: Listed(entries))
+    entries = [sample("a", Text("x" * 20)), sample("b", Text("x" * 21))]
+    for most, reasons in ((20, {"text_too_many_bytes": 1}), (21, {})):
+        task = unit(tmp_path)
+        task = replace(task, limits=replace(task.limits, max_text_bytes=most))
+        assert scan_unit(task)["rejected"] == reasons
+
+
 def test_many_texts_cost_what_one_of_their_length_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +224,9 @@ def test_many_texts_cost_what_one_of_their_length_does(
     found = run(tmp_path, monkeypatch, [sample("a", *[Text("x" * 99)] * 80_000, separator="-")])
     # Half a minute where each is copied with all before it.
     assert time.process_time() - begun < 5
-    assert [r.detail for r in found.rejects] == [f"{80_000 * 100 - 1} bytes, limit {4 << 20}"]
+    assert [r.detail for r in found.rejects] == [
+        f"{80_000 * 100 - 1} bytes, limit {4 << 20} (limits.max_text_bytes)"
+    ]
 
 
 @pytest.mark.parametrize(("size", "crashed"), [(1, None), (2, None), (7, None), (1000, {})])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from preprocess import text
 from preprocess.samples import Text
 from preprocess.text import TextError, encode_texts
-from shared.tokens import TextTokenizer, load_tokenizer
+from shared.tokens import TextTokenizer, Tokens, load_tokenizer
 from tests.preprocess.inputs import byte_tokenizer
 
 
@@ -59,6 +61,27 @@ def test_a_conversation_of_thousands_of_turns_costs_what_its_length_does(tokeniz
     assert not isinstance(found, TextError)
     assert ((found >= 0).reshape(-1, 10) == [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]).all()
     assert shown(tokenizer, found[:10]) == "q$aB$q$AB$"
+
+
+def test_a_long_text_is_tokenized_in_pieces_that_end_with_a_paragraph_a_line_or_a_word(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "PIECE", 10)
+    asked: list[list[str]] = []
+    encode = TextTokenizer.encode
+
+    def noted(self: TextTokenizer, texts: Sequence[str], *, inner: bool = False) -> list[Tokens]:
+        asked.append([*texts, str(inner)])
+        return encode(self, texts, inner=inner)
+
+    monkeypatch.setattr(TextTokenizer, "encode", noted)
+    long = "one two\n\nthree\nx four five sixseveneight\n\n"
+    found = encode_texts([Text("short"), Text(long), Text("abc", learned=())], tokenizer)
+    assert [shown(tokenizer, ids) for ids in found] == ["SHORT", long.upper(), "abc"]
+    # "five " would be half a piece, and what has no border is cut where it is.
+    pieces = ["three\n", "x four ", "five sixse", "veneight\n\n"]
+    first = [["short", "False"], ["one two\n\n", "False"]]
+    assert asked == [*first, *([piece, "True"] for piece in pieces), ["abc", "False"]]
 
 
 def test_a_name_that_is_no_special_token_and_a_text_that_becomes_one_cost_their_own_text(
