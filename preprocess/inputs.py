@@ -11,8 +11,9 @@ import glob
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -128,7 +129,9 @@ def read_range(path: Local, offset: int, size: int) -> bytes:
     pieces: list[bytes] = []
     end = offset + size
     while offset < end:  # one call returns at most 2 GiB
-        pieces.append(os.pread(_opened(path).fileno(), end - offset, offset))
+        file = _opened(path)
+        with _named(path):
+            pieces.append(os.pread(file.fileno(), end - offset, offset))
         if not pieces[-1]:
             raise _shrunk(path)
         offset += len(pieces[-1])
@@ -136,7 +139,10 @@ def read_range(path: Local, offset: int, size: int) -> bytes:
 
 
 def _shrunk(path: Local) -> UserError:
-    return UserError(f"{shown(str(path))} is shorter than at the scan; run again with --on_change rebuild")
+    return UserError(
+        f"{shown(str(path))} is shorter than at the scan; put it back, or throw the index away: "
+        "delete index/, plan/ and shards/ in the output and run again"
+    )
 
 
 def read_ahead(items: Iterable[T], places: Callable[[T], Sequence[Place]]) -> Iterator[tuple[T, Read]]:
@@ -218,4 +224,15 @@ def _read_into(path: Local, view: memoryview, offset: int) -> int:
     if isinstance(path, str) and is_remote(path):
         return remote.read_into(path, view, offset)
     file = _opened(path)  # not kept: a batch of samples may name thousands of files
-    return os.preadv(file.fileno(), [view], offset)
+    with _named(path):
+        return os.preadv(file.fileno(), [view], offset)
+
+
+@contextmanager
+def _named(path: Local) -> Generator[None, None, None]:
+    """An error of a call that knows only a descriptor names its file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

@@ -33,6 +33,8 @@ from shared.remote import is_remote, shown
 from shared.remote_lock import lock_object
 
 TEMPORARY = ".tmp"
+# Errors that only a write ends in, and that do not name its file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCK = ".lock"
 # One request of a reader that jumps, as Parquet's do.
 REQUEST_BYTES = 256 << 10
@@ -60,6 +62,10 @@ def atomic_path(path: Path) -> Generator[Path, None, None]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -89,3 +89,13 @@ def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
     ) as error:
         expand_paths("web", (f"{tmp_path}/*",))
     assert str(error.value).isascii() and "\n" not in str(error.value)
+
+
+def test_an_error_of_a_read_names_the_file() -> None:
+    # The kernel refuses to read the first page of a process: EIO, as from a damaged disk.
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read_range("/proc/self/mem", 0, 8)
+    assert caught.value.filename == "/proc/self/mem"
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        Span("/proc/self/mem", 0, 8).read()
+    assert caught.value.filename == "/proc/self/mem"

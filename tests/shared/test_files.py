@@ -58,6 +58,12 @@ def test_an_exception_leaves_the_older_file_as_it_was(tmp_path: Path) -> None:
     assert target.read_text() == "new"
 
 
+def test_a_disk_that_is_full_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_path(tmp_path / "a"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert caught.value.filename == str(tmp_path / "a")
+
+
 def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):
         pass
