@@ -26,6 +26,7 @@ import xxhash
 
 from preprocess.samples import (
     INDEX_SCHEMA,
+    REJECT_SCHEMA,
     TEXT,
     IndexSegment,
     Reject,
@@ -150,7 +151,7 @@ class ScannedSample:
 
 
 class IndexWriter:
-    """Writes the files of one unit as samples come; nothing of them is kept in memory but rejects."""
+    """Writes the files of one unit as samples come; no more than a block of them is kept in memory."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._path, self._stack = path, stack
@@ -162,6 +163,8 @@ class IndexWriter:
         self._num_tokens = self._num_unlearned = self._media_bytes = 0
         self._rows: list[ScannedSample] = []
         self._rejects: list[Reject] = []
+        self._reject_file: pq.ParquetWriter | None = None
+        self._reasons, self._media_reasons = Counter[str](), Counter[str]()
         self._lost = ""
         self._token_digest = xxhash.xxh3_64()
         self.read = self.samples = self.media = 0
@@ -189,8 +192,11 @@ class IndexWriter:
             self._flush()
 
     def reject(self, reject: Reject) -> None:
-        self._rejects.append(reject)
         self.read += reject.media < 0
+        (self._reasons if reject.media < 0 else self._media_reasons)[reject.reason] += 1
+        self._rejects.append(reject)
+        if len(self._rejects) == ROWS_PER_BLOCK:
+            self._flush_rejects()
         if reject.key.endswith(LOST):
             self._lost = self._lost or f"{reject.key}: {reject.detail}"
 
@@ -208,16 +214,14 @@ class IndexWriter:
 
         `lost`: what says that samples of the raw file were never seen, "" where all were.
         """
-        samples = Counter(reject.reason for reject in self._rejects if reject.media < 0)
-        media = Counter(reject.reason for reject in self._rejects if reject.media >= 0)
         return {
             "read": self.read,
             "samples": self.samples,
             "text_tokens": self._num_tokens,
             "unlearned_tokens": self._num_unlearned,
             "media": self.media,
-            "rejected": dict(sorted(samples.items())),
-            "media_dropped": dict(sorted(media.items())),
+            "rejected": dict(sorted(self._reasons.items())),
+            "media_dropped": dict(sorted(self._media_reasons.items())),
             "lost": self._lost,
             "token_checksum": self._token_digest.hexdigest(),
             "media_bytes": self._media_bytes,
@@ -225,9 +229,9 @@ class IndexWriter:
 
     def close(self) -> None:
         self._flush()
-        if self._rejects:
-            path = self._stack.enter_context(atomic_path(reject_file(self._path)))
-            pq.write_table(reject_table(self._rejects), path)
+        self._flush_rejects()
+        if self._reject_file is not None:
+            self._reject_file.close()
         self._tokens.close()
         if self._media is not None:
             self._media.close()
@@ -236,9 +240,18 @@ class IndexWriter:
 
     def abandon(self) -> None:
         """Let the files go, unfinished."""
-        for file in (self._tokens, self._media, self._parquet):
+        for file in (self._tokens, self._media, self._reject_file, self._parquet):
             if file is not None:
                 file.close()
+
+    def _flush_rejects(self) -> None:
+        if not self._rejects:
+            return
+        if self._reject_file is None:
+            path = self._stack.enter_context(atomic_path(reject_file(self._path)))
+            self._reject_file = pq.ParquetWriter(path, REJECT_SCHEMA)
+        self._reject_file.write_table(reject_table(self._rejects))
+        self._rejects = []
 
     def _flush(self) -> None:
         if not self._rows:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from preprocess.account import ScanCounts, SourceAccount, scan_counts, settle
@@ -151,3 +152,16 @@ def test_what_the_scan_read_and_rejected_is_summed_over_its_files(tmp_path: Path
         4, 3, Counter(no_image=1), Counter(image_missing=3), units=2, reject_rows=rows
     )
     assert counts["x"] == ScanCounts(units=1)
+
+
+def test_rejects_are_written_as_they_come(tmp_path: Path) -> None:
+    unit = IndexedUnit("web", "a", tmp_path / "a.parquet")
+    with open_index(unit.path) as index:
+        for number in range(2500):
+            index.reject(Reject("web", f"{number}", "empty", "why", media=0 if number % 5 == 4 else -1))
+    rejects = pq.ParquetFile(unit.rejects)
+    groups = [rejects.metadata.row_group(n).num_rows for n in range(rejects.num_row_groups)]
+    assert groups == [1024, 1024, 452]
+    assert rejects.read()["key"].to_pylist() == [f"{number}" for number in range(2500)]
+    line = scan_counts([unit])["web"]
+    assert (line.read, line.rejected, line.media_dropped) == (2000, {"empty": 2000}, {"empty": 500})
