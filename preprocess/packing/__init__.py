@@ -98,12 +98,27 @@ def _sum_per_piece(offset_n: Ints, value_i: npt.NDArray[Any]) -> Ints:
     return np.diff(ends[offset_n])
 
 
+def _largest_per_piece(images: Images) -> Ints:
+    """Patches of the largest image of each piece, 0 where it has none."""
+    first_n = images.offset_n[:-1]
+    has = first_n < images.offset_n[1:]
+    largest_n = np.zeros(len(first_n), np.int64)
+    largest_n[has] = images.patches_i[images.sorted_i[first_n[has]]]
+    return largest_n
+
+
 def _check_each_fits(
     tokens_n: npt.NDArray[Any], vision_n: Ints, images: Images, budget: Budget, images_per_row: int
 ) -> None:
-    """At most N images of at most L patches fit surely; only other pieces are tried in an empty pack."""
-    surely = (tokens_n <= budget.S) & (np.diff(images.offset_n) <= budget.N)
-    surely &= _sum_per_piece(images.offset_n, images.patches_i > budget.L) == 0
+    """At most N images of at most L patches fit surely, and images of no more than N * (L - the largest) patches: a
+    new row is opened only when each open one holds more than L - the largest. Only other pieces are tried in an
+    empty pack.
+    """
+    count_n, largest_n = np.diff(images.offset_n), _largest_per_piece(images)
+    shared = vision_n <= budget.N * (budget.L - largest_n)
+    if images_per_row:
+        shared &= count_n <= images_per_row
+    surely = (tokens_n <= budget.S) & (largest_n <= budget.L) & ((count_n <= budget.N) | shared)
     if budget.N == 1 and not images_per_row:
         surely |= (tokens_n <= budget.S) & (vision_n <= budget.L)
     for piece in np.flatnonzero(~surely).tolist():
@@ -136,10 +151,7 @@ def _pool(
     for stratum in np.split(order_n, edges[1:-1]):
         share = np.maximum(tokens_n[stratum] / budget.S, cost_n[stratum] / (budget.N * budget.L))
         stratum[:] = stratum[np.argsort(-share, kind="stable")]
-    largest_n = np.zeros(len(order_n), np.int32)
-    first_n = images.offset_n[:-1][order_n]
-    has = first_n < images.offset_n[1:][order_n]
-    largest_n[has] = images.patches_i[images.sorted_i[first_n[has]]] >> shift
+    largest_n = (_largest_per_piece(images)[order_n] >> shift).astype(np.int32)
     tokens_n = tokens_n[order_n].astype(np.int32)
     vision_n, cost_n = ((column[order_n] >> shift).astype(np.int32) for column in (vision_n, cost_n))
     return Pool(tokens_n, vision_n, largest_n, cost_n, order_n, edges[:-1].copy(), edges[1:].copy())
