@@ -18,8 +18,10 @@ from preprocess.sources.base import SourceContext
 from preprocess.sources.chat import ChatConfig
 from preprocess.sources.interleaved import InterleavedConfig
 from preprocess.sources.pictures import picture
+from preprocess.sources.saved import expand_tables
 from preprocess.verify import verify_dataset
 from shared import remote
+from shared.errors import UserError
 from shared.tokens import TokenNames
 from tests.preprocess.chat_inputs import STYLES, chat_tokenizer, llava
 from tests.preprocess.inputs import make_config, png
@@ -74,6 +76,19 @@ def test_a_conversation_here_finds_its_pictures_in_a_store(tmp_path: Path) -> No
     assert isinstance(entry, RawSample)
     [found] = [segment for segment in entry.segments if not isinstance(segment, Text)]
     assert isinstance(found, Media) and found.place == Place(f"s3://{BUCKET}/chat/a.png", 0, len(A))
+
+
+def test_a_saved_data_set_in_a_store_is_its_data_files() -> None:
+    put("saved/dataset_dict.json", b'{"splits": ["train", "test"]}')
+    for split in ("train", "test"):
+        put(f"saved/{split}/state.json", b'{"_data_files": [{"filename": "data-0.arrow"}]}')
+        put(f"saved/{split}/cache-1.arrow", b"x")
+    files = [put(f"saved/{split}/data-0.arrow", b"x") for split in ("test", "train")]
+    plain = put("saved/a.txt", b"x")
+    for path in (f"s3://{BUCKET}/saved", f"s3://{BUCKET}/saved/"):
+        assert expand_tables("web", (path, plain)) == [plain, *files]
+    with pytest.raises(UserError, match="/none: "):
+        expand_tables("web", (f"s3://{BUCKET}/none",))
 
 
 def test_documents_in_a_store_are_packed_with_pictures_from_there_and_from_here(tmp_path: Path) -> None:
