@@ -263,6 +263,7 @@ def interleave(
         "t": both(1, 0),
         "h": both(grid_i2[:, 0], 0),
         "w": both(grid_i2[:, 1], 0),
+        "state": both(0, 0),
     }
 
 

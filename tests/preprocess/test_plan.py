@@ -35,16 +35,7 @@ def test_every_sample_is_in_one_pack_and_no_budget_is_broken(tmp_path: Path) -> 
 
 def test_a_plan_file_holds_the_segments_as_the_index_has_them(tmp_path: Path) -> None:
     (piece,) = plan(tmp_path, {"web": {"k": [image(2, 4), text(9)]}}).pieces
-    expected = {
-        "kind": IMAGE,
-        "file": "x.tar",
-        "offset": 0,
-        "size": 100,
-        "tokens": 4,
-        "height": 8,
-        "width": 9,
-    }
-    assert piece["segments"][0] == {**expected, "t": 1, "h": 2, "w": 4}
+    assert IndexSegment(**piece["segments"][0]) == IndexSegment(IMAGE, "x.tar", 0, 100, 4, 8, 9, 1, 2, 4)
     assert piece["segments"][1]["tokens"] == 9 and piece["segments"][1]["kind"] == TEXT
     # bos + 4 + 9 + eos
     assert (piece["source"], piece["unit"], piece["key"]) == ("web", "web.tar", "k")
