@@ -95,6 +95,18 @@ def file_state(path: str) -> list[int | str]:
     return [found.st_size, found.st_mtime_ns]
 
 
+def change_time(path: str) -> int:
+    """Nanoseconds; 0 for an object of a store, which would have to be asked for each picture.
+
+    Raises:
+        UserError: it is gone.
+    """
+    try:
+        return 0 if is_remote(path) else os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        raise UserError(f"{path} is gone since the scan; put it back") from None
+
+
 def open_input(path: str) -> BinaryIO:
     """A raw file, to be read from its start; seekable."""
     if not is_remote(path):

@@ -26,12 +26,13 @@ from preprocess.cost import pack_cost
 from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, load_image
 from preprocess.index import media_file, token_file
-from preprocess.inputs import Read, read_ahead
+from preprocess.inputs import Read, change_time, read_ahead
 from preprocess.plan import read_shard_plan
 from preprocess.samples import STORE, TEXT, VIDEO, IndexSegment, Place, Reject
 from preprocess.stream import image_starts, token_stream
 from preprocess.video import load_video
 from shared.codecs import ImageEncoder, image_encoder, store_patches
+from shared.errors import UserError
 from shared.files import atomic_path, file_checksum, write_json
 from shared.geometry import Budget, Geometry, patchify, row_offsets
 from shared.remote import is_remote
@@ -267,10 +268,17 @@ def _load_frames(
 
     Raises:
         ImageError: it cannot be decoded, or killed a worker.
+        UserError: it is a file of its own that is gone or has changed since the scan.
     """
     if detail := task.crashed.get(number):
         raise ImageError("crashed", detail)
-    data = read(task.place_of(piece, segment))
+    place = task.place_of(piece, segment)
+    if segment.state and change_time(place.file) != segment.state:
+        raise UserError(
+            f"{place.file} has changed since the scan; delete index/{piece.index}, plan/ and shards/ in the output "
+            f"and run again, or put it back"
+        )
+    data = read(place)
     size = (segment.height, segment.width)
     if segment.kind == VIDEO:
         begin(number, VIDEO_PATIENCE)

@@ -104,7 +104,8 @@ class IndexSegment:
     file, offset, size: a text's tokens [offset, offset + tokens) in the token file of its unit (file and size
     are empty); a picture's bytes in `file`, which is a path, a URI or STORE.
     tokens: decoder tokens it takes, an image's begin and end token included. height, width: pixels as
-    displayed. t, h, w: grid in patches after the resize. All 0 for what does not apply.
+    displayed. t, h, w: grid in patches after the resize. state: when a picture's file was last changed, where it is
+    a file of its own on this machine (`inputs.change_time`). All 0 for what does not apply.
     """
 
     kind: int
@@ -117,6 +118,7 @@ class IndexSegment:
     t: int = 0
     h: int = 0
     w: int = 0
+    state: int = 0
 
     @property
     def patches(self) -> int:
@@ -133,6 +135,7 @@ SEGMENT_TYPE = pa.struct(
             pa.field(name, pa.int32(), nullable=False)
             for name in ("tokens", "height", "width", "t", "h", "w")
         ),
+        pa.field("state", pa.int64(), nullable=False),
     ]
 )
 SEGMENTS_TYPE = pa.list_(pa.field("element", SEGMENT_TYPE, nullable=False))

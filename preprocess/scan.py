@@ -21,6 +21,7 @@ from preprocess.config import AnySource, ImageLimits, VideoConfig
 from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, read_header
 from preprocess.index import IndexWriter, ScannedSample, open_index
+from preprocess.inputs import change_time
 from preprocess.samples import (
     IMAGE,
     STORE,
@@ -269,6 +270,8 @@ def _measure(raw: Media | Missing, item: int, task: ScanUnit, index: IndexWriter
     else:
         place = raw.place
     segment = IndexSegment(raw.kind, place.file, place.offset, place.size, 0, height, width, t)
+    if place.file not in (STORE, task.unit):
+        segment = replace(segment, state=change_time(place.file))
     return _Measured(segment, content)
 
 

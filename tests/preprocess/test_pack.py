@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,31 @@ def test_a_picture_that_has_another_size_than_at_the_scan_is_rejected(tmp_path: 
     assert job.finish()["account"]["web"]["rejected"] == {"image_corrupt": 1}
     (reject,) = pq.read_table(Path(config.output) / "rejects.parquet").to_pylist()
     assert (reject["key"], reject["detail"]) == ("b", "9 x 16 pixels, 16 x 9 in the scan")
+
+
+def test_a_picture_of_its_own_file_that_was_written_again_stops_the_job(tmp_path: Path) -> None:
+    """Another picture of the same size in pixels would else stand beside the old one's text."""
+    picture, records = tmp_path / "a.png", tmp_path / "d.jsonl"
+    picture.write_bytes(png(8, 8))
+    records.write_text(json.dumps({"texts": ["one", None], "images": [None, "a.png"]}) + "\n")
+    config = make_config(tmp_path, records)
+    config = replace(config, sources={"docs": InterleavedConfig(paths=(str(records),))})
+    job = Job(config)
+    job.prepare(job.identity)
+    job.scan(SerialExecutor(0))
+    time = picture.stat().st_mtime_ns
+    os.utime(picture, ns=(time, time + 1))
+    with pytest.raises(
+        UserError, match=rf"{picture} has changed since the scan; delete index/docs/000000.parquet"
+    ):
+        job.pack(SerialExecutor(0))
+    os.utime(picture, ns=(time, time))
+    job.pack(SerialExecutor(0))
+    assert job.finish()["account"]["docs"]["packed"] == 1
+    picture.unlink()
+    (Path(config.output) / "shards" / "train-000000-000.parquet").unlink()
+    with pytest.raises(UserError, match=rf"{picture} is gone since the scan"):
+        job.pack(SerialExecutor(0))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
