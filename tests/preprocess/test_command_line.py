@@ -179,10 +179,11 @@ BAD_RUNS = {
     "output a file": (write("new", ""), [], ["/new: cannot be made", "choose another"]),
     "rejects above the ceiling": (
         lambda place: write_tar(
-            place / "a.tar", [m for n in range(30) for m in captioned(f"{n}", b"<html>", "caption")]
+            place / "a.tar",
+            [m for n in range(30) for m in captioned(f"{n}", png(8, 8) if n < 9 else b"<html>", "caption")],
         ),
         ["--sources.web.max_reject_rate", "0.5"],
-        ["30 of 30 samples rejected in the scan (image_unreadable 30)", "max_reject_rate 0.5"],
+        ["21 of 30 samples rejected in the scan (image_unreadable 21)", "max_reject_rate 0.5"],
     ),
     "another run's output": (
         edit("/new", "/out"),

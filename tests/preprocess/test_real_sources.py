@@ -17,7 +17,6 @@ from preprocess.job import run_job
 from preprocess.sources.interleaved import InterleavedConfig
 from preprocess.sources.record import Damage
 from preprocess.sources.records import read_records
-from preprocess.sources.text import TextConfig
 from preprocess.verify import verify_dataset
 from shared.files import read_json
 from shared.geometry import Budget, Geometry
@@ -156,7 +155,6 @@ def hostile_config(shared_data: Path, directory: Path) -> Any:
     rules: dict[str, Any] = {"bad_file": "reject", "max_reject_rate": 1.0}
     sources = {
         "documents": InterleavedConfig(paths=tuple(map(str, paths)), max_images_per_document=50, **rules),
-        "chat": TextConfig(paths=(str(shared_data / "hostile" / "chat" / "*"),), **rules),
     }
     return make_config(
         directory,
@@ -168,14 +166,13 @@ def hostile_config(shared_data: Path, directory: Path) -> Any:
     )
 
 
-def test_all_that_is_hostile_goes_through_one_job(shared_data: Path, tmp_path: Path) -> None:
+def test_hostile_tables_go_through_one_job(shared_data: Path, tmp_path: Path) -> None:
     config = hostile_config(shared_data, tmp_path)
     account = run_job(config)["account"]
     assert verify_dataset(Path(config.output))[1] == []
     rows = pq.read_table(Path(config.output) / "rejects.parquet").to_pylist()
     files = {row["key"]: row["reason"] for row in rows if row["key"].endswith("#file")}
     assert files == {
-        "empty.json#file": "file_empty",
         "empty.parquet#file": "file_empty",
         "no_texts_column.parquet#file": "column_missing",
         "not_parquet.parquet#file": "file_unreadable",
@@ -207,9 +204,6 @@ def test_all_that_is_hostile_goes_through_one_job(shared_data: Path, tmp_path: P
         "file_unreadable": 2,
         "lengths_differ": 1,
     }
-    # No item of the chat files has a field "text".
-    assert account["chat"]["read"] == 17 + 3 + 8 + 1 + 1 + 1
-    assert account["chat"]["packed"] == 0
 
 
 def test_variants_of_the_schema_give_the_same_documents_as_plain_ones(
