@@ -41,10 +41,11 @@ USED, PERHAPS, UNUSED = range(3)
 
 @dataclass(frozen=True, slots=True)
 class HashTask:
-    """`output`: where the sorted hashes go. `source`: of the unit. `ranges`: how many there are."""
+    """`output`: where the sorted hashes go. `repeat`, `weight`: of the unit's source. `ranges`: how many there are."""
 
     unit: PlanUnit
-    source: SourceConfig
+    repeat: float
+    weight: float
     output: Path
     ranges: int
     settings: PlanSettings
@@ -94,8 +95,9 @@ def find_duplicates(
         return read_json(summary)
     ranges = max(1, -(-num_rows // HASHES_PER_RANGE))
     sort = [
-        HashTask(unit, sources[unit.source], _hash_file(hashes, number), ranges, settings)
+        HashTask(unit, source.repeat, source.weight, _hash_file(hashes, number), ranges, settings)
         for number, unit in enumerate(units)
+        for source in [sources[unit.source]]
     ]
     run(sort_hashes, sort, label="hashes", total=len(sort))
     tasks = [RangeTask(number, ranges, units, hashes, drop) for number in range(ranges)]
@@ -147,9 +149,9 @@ def sort_hashes(task: HashTask) -> None:
 
 def _fates(task: HashTask, block: pa.Table, begin: int, validation_n: Mask) -> npt.NDArray[np.uint32]:
     """USED, PERHAPS or UNUSED of the rows of a block, which begins at row `begin` of its unit."""
-    settings, unit, weighted = task.settings, task.unit, task.source.weight > 0
+    settings, unit, weighted = task.settings, task.unit, task.weight > 0
     # `source_repeats` gives no less.
-    repeat = settings.config.least_repeat if weighted else task.source.repeat
+    repeat = settings.config.least_repeat if weighted else task.repeat
     chosen = chosen_rows(repeat, 0, settings.seed, unit.place, np.arange(begin, begin + len(block)))
     fate_n = np.where(validation_n | chosen, USED, PERHAPS if weighted else UNUSED).astype(np.uint32)
     zeros = np.zeros(len(block), np.int32)

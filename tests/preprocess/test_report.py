@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocess import finish
+from preprocess.account import scan_counts
 from preprocess.index import IndexedUnit
 from preprocess.report import distribution
 from preprocess.report.distribution import Distribution
@@ -91,7 +92,7 @@ def test_rejects_of_all_steps_come_to_one_file_in_order(
         rows = [Reject("web", f"{name}.{row}", "r", "") for row in range(2)]
         pq.write_table(reject_table(rows), tmp_path / "plan" / f"{name}.rejects.parquet")
     lost = {"source": "web", "key": "z", "reason": "r", "detail": "", "part": 2, "media": -1, "unit": "u"}
-    tables = finish._reject_tables(tmp_path, units, [{"rejects": []}, {"rejects": [lost]}])
+    tables = finish._reject_tables(tmp_path, scan_counts(units), [{"rejects": []}, {"rejects": [lost]}])
     finish._write_rejects(tmp_path / "rejects.parquet", tables)
     table: pa.Table = pq.read_table(tmp_path / "rejects.parquet")
     places = ("duplicates-000000", "train-000000", "train-000001")
