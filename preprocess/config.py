@@ -11,10 +11,13 @@ from preprocess.sources import AnySource
 from shared.codecs import MAX_ZSTD_LEVEL
 from shared.config import require_at_least
 from shared.geometry import Budget, Geometry
+from shared.shard_writer import MAX_BLOB_BYTES
 from shared.tokens import TokenNames
 
-# A page header and a value's length count bytes as int32.
-MAX_BLOB_BYTES = 1 << 31
+# What a worker holds beside its pack, and how often it holds a pack while that is written (measured: the pack, and
+# twice in Arrow's encoder).
+WORKER_BYTES = 350_000_000
+PACK_COPIES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +236,11 @@ class PreprocessConfig:
             raise ValueError(
                 f"budget.N * budget.L patches of {self.geometry.values_per_patch} bytes are {blob} bytes per pack; "
                 f"a Parquet value holds less than {MAX_BLOB_BYTES}: lower N or L"
+            )
+        if (needed := WORKER_BYTES + PACK_COPIES * blob) > self.limits.max_memory:
+            raise ValueError(
+                f"budget.N * budget.L patches are {blob} bytes per pack; a worker that writes a full one holds "
+                f"{needed}, above limits.max_memory {self.limits.max_memory}: lower N or L, or raise the limit"
             )
         if self.budget.L % self.geometry.patches_per_token:
             raise ValueError(

@@ -36,7 +36,7 @@ from preprocess.samples import (
 from shared.errors import UserError
 from shared.files import atomic_path, file_checksum, file_size, remove
 from shared.remote import shown
-from shared.tables import open_table, read_table
+from shared.tables import open_table
 from shared.tokens import Tokens
 
 # Samples per row group: neighbours that the plan keeps in one window.
@@ -78,15 +78,6 @@ def token_file(index: Path) -> Path:
 
 def media_file(index: Path) -> Path:
     return index.with_suffix(".media")
-
-
-def read_index(path: Path) -> pa.Table:
-    """The rows of one index file, INDEX_SCHEMA.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    return read_table(path, mend=MEND, schema=INDEX_SCHEMA)
 
 
 def read_blocks(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,30 +44,6 @@ def image_starts(segments: Sequence[IndexSegment], ids: TokenIds) -> list[int]:
             starts.append(position)
         position += segment.tokens
     return starts
-
-
-def clip_segments(
-    segments: Sequence[IndexSegment], ids: TokenIds, start: int, end: int
-) -> list[IndexSegment]:
-    """The segments of tokens [start, end) of a stream, texts cut to what is needed.
-
-    One text token behind the end comes along where there is one: it is the label of the last token.
-    """
-    clipped: list[IndexSegment] = []
-    position = int(ids.bos is not None)
-    for segment in segments:
-        first, last = max(start, position), min(end, position + segment.tokens)
-        if segment.kind == TEXT:
-            last = min(end + 1, position + segment.tokens)
-            if first < last:
-                offset = segment.offset + first - position
-                clipped.append(replace(segment, offset=offset, tokens=last - first))
-        elif first < last:
-            clipped.append(segment)
-        position += segment.tokens
-        if position > end:
-            break
-    return clipped
 
 
 def token_stream(

@@ -123,7 +123,8 @@ def _fixed_column(rows: list[np.ndarray]) -> pa.Array:
 def _binary_column(blobs: list[np.ndarray]) -> pa.Array:
     offsets = np.zeros(len(blobs) + 1, np.int64)
     np.cumsum([blob.nbytes for blob in blobs], out=offsets[1:])
-    data = np.concatenate([blob.reshape(-1) for blob in blobs])
+    # A pack beyond the size of a row group is alone in it, and large: no second copy of that.
+    data = blobs[0].reshape(-1) if len(blobs) == 1 else np.concatenate([blob.reshape(-1) for blob in blobs])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(blobs), buffers)
 

@@ -26,7 +26,7 @@ Mask = npt.NDArray[np.bool_]
 
 # One row per piece, sorted by shard and pack. `pack`: number within its shard. `index`: its unit's index file below
 # index/, `row` its sample's row there, as keys may repeat. `copy`: which use of a repeated sample. `segments`: those of
-# the piece, texts cut to it (`stream.clip_segments`). `length`: tokens of the whole sample. `rows`: the vision rows of
+# the piece, texts cut to it (`pieces.piece_segments`). `length`: tokens of the whole sample. `rows`: the vision rows of
 # its images.
 PLAN_SCHEMA = pa.schema(
     [

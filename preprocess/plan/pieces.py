@@ -151,7 +151,11 @@ def piece_segments(samples: Samples, pieces: Pieces, ids: TokenIds) -> pa.Array:
 
 
 def _clip(segments: pa.ListArray, pieces: Pieces, ids: TokenIds) -> pa.ListArray:
-    """`stream.clip_segments` of every piece. Tokens are counted over all samples, without begin and end of text."""
+    """The segments of every piece, texts cut to what it needs, in one pass over columns.
+
+    One text token behind the end comes along where there is one: it is the label of the piece's last token. Tokens
+    are counted over all samples, without begin and end of text.
+    """
     offsets, flat = segment_offsets(segments), segments.flatten()
     kind, offset, tokens = (flat.field(name).to_numpy() for name in ("kind", "offset", "tokens"))
     border = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])

@@ -33,11 +33,6 @@ class Distribution:
         other.merge()
         self.merge(other._values, other._counts)
 
-    @property
-    def num_held(self) -> int:
-        """Numbers in memory."""
-        return len(self._values) + self._num_waiting
-
     def summary(
         self,
         percentiles: Sequence[int],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,27 @@ def text(tokens: int) -> Segment:
 
 def image(h: int, w: int) -> Segment:
     return (0, h, w)
+
+
+def clip_segments(
+    segments: Sequence[IndexSegment], ids: TokenIds, start: int, end: int
+) -> list[IndexSegment]:
+    """The slow and obvious way to the segments of tokens [start, end) of a stream, texts cut to what is needed."""
+    clipped: list[IndexSegment] = []
+    position = int(ids.bos is not None)
+    for segment in segments:
+        first, last = max(start, position), min(end, position + segment.tokens)
+        if segment.kind == TEXT:
+            last = min(end + 1, position + segment.tokens)
+            if first < last:
+                offset = segment.offset + first - position
+                clipped.append(replace(segment, offset=offset, tokens=last - first))
+        elif first < last:
+            clipped.append(segment)
+        position += segment.tokens
+        if position > end:
+            break
+    return clipped
 
 
 def write_index(

@@ -567,9 +567,23 @@ def test_a_scan_without_rejects_leaves_none_of_an_earlier_one(config: Preprocess
 def test_a_budget_whose_packs_no_parquet_value_holds_is_refused(finished: PreprocessConfig) -> None:
     # P = 48 bytes per patch of 4 x 4 pixels: 2**31 / 48 = 44,739,242.7 patches.
     geometry = replace(finished.geometry, patch_size=4, temporal_patch_size=1)
-    fits = replace(finished, geometry=geometry, budget=replace(finished.budget, N=1, L=44_739_240))
+    limits = replace(finished.limits, max_memory=1 << 40)
+    budget = replace(finished.budget, N=1, L=44_739_240)
+    fits = replace(finished, geometry=geometry, limits=limits, budget=budget)
     with pytest.raises(ValueError, match="a Parquet value holds less than 2147483648: lower N or L"):
         replace(fits, budget=replace(fits.budget, L=44_739_244))
+
+
+def test_a_budget_whose_packs_no_worker_holds_is_refused(finished: PreprocessConfig) -> None:
+    # Three copies of a pack of 192 bytes per patch and 350 MB: 200 * 1,000 patches take 465.2 MB.
+    geometry = replace(finished.geometry, patch_size=8, temporal_patch_size=1)
+    budget = replace(finished.budget, N=200, L=1000)
+    limits = replace(finished.limits, max_memory=465_200_000)
+    fits = replace(finished, geometry=geometry, budget=budget, limits=limits)
+    with pytest.raises(
+        ValueError, match="38400000 bytes per pack.* holds 465200000, above limits.max_memory 465199999"
+    ):
+        replace(fits, limits=replace(limits, max_memory=465_199_999))
 
 
 def test_a_shard_that_another_run_wrote_meanwhile_is_never_finished(config: PreprocessConfig) -> None:

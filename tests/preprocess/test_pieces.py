@@ -11,9 +11,8 @@ import pytest
 
 from preprocess.plan.pieces import Pieces, Samples, cut_into_pieces, piece_segments
 from preprocess.samples import IMAGE, TEXT, IndexSegment, segments_column
-from preprocess.stream import clip_segments
 from shared.geometry import Budget
-from tests.preprocess.planning import IDS
+from tests.preprocess.planning import IDS, clip_segments
 
 
 def samples_of(documents: list[list[IndexSegment]]) -> Samples:

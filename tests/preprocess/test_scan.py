@@ -14,7 +14,7 @@ import pytest
 
 from preprocess import scan
 from preprocess.faults import Limits, supervise
-from preprocess.index import IndexedUnit, media_file, read_counts, read_index, token_file
+from preprocess.index import IndexedUnit, media_file, read_counts, token_file
 from preprocess.samples import IMAGE, STORE, TEXT, Media, Missing, RawSample, Reject, Segment, Text
 from preprocess.scan import ScanUnit, scan_unit
 from shared.tables import read_table
@@ -49,7 +49,7 @@ class Scanned:
     """What one scan left behind, read back."""
 
     def __init__(self, path: Path) -> None:
-        self.rows = {row["key"]: row for row in read_index(path).to_pylist()}
+        self.rows = {row["key"]: row for row in read_table(path, mend="").to_pylist()}
         self.tokens = np.fromfile(token_file(path), "<i4")
         self.media = media_file(path).read_bytes() if media_file(path).exists() else b""
         rejects = IndexedUnit("web", "a", path).rejects

@@ -14,7 +14,6 @@ from preprocess.packing import pack_pieces
 from preprocess.samples import IMAGE, TEXT, IndexSegment
 from preprocess.stream import (
     Part,
-    clip_segments,
     image_starts,
     place_in_rows,
     split_sample,
@@ -23,6 +22,7 @@ from preprocess.stream import (
 )
 from shared.geometry import Budget
 from shared.tokens import TokenIds
+from tests.preprocess.planning import clip_segments
 
 PAD, BOS, EOS, IMG, BEGIN, END = range(6)
 IDS = TokenIds(
