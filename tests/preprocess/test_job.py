@@ -581,7 +581,7 @@ def test_a_budget_whose_packs_no_worker_holds_is_refused(finished: PreprocessCon
     limits = replace(finished.limits, max_memory=465_200_000)
     fits = replace(finished, geometry=geometry, budget=budget, limits=limits)
     with pytest.raises(
-        ValueError, match="38400000 bytes per pack.* holds 465200000, above limits.max_memory 465199999"
+        ValueError, match=r"38400000 bytes per pack.* holds 465200000, above limits.max_memory 465199999"
     ):
         replace(fits, limits=replace(limits, max_memory=465_199_999))
 
