@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,6 +233,25 @@ def _say(record: dict[str, object], as_json: bool) -> None:
     print(json.dumps(record) if as_json else ", ".join(f"{key} {value}" for key, value in record.items()))
 
 
+def _run_command_line() -> int:
+    """As `main`; ends without a word, with 1, when nobody reads what is printed (`... | head`)."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # SIGPIPE stays ignored, or a socket that breaks would kill the process; such an error is not of stdout.
+        if not _stdout_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        return 1
+
+
+def _stdout_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors are told without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_run_command_line())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -347,6 +348,38 @@ def test_a_real_process_runs_with_damaged_pictures_and_prints_nothing_but_its_re
     assert (done.returncode, done.stderr) == (0, "")
     account = json.loads(done.stdout)["account"]["web"]
     assert (account["packed"], account["rejected"]) == (1, {"image_unreadable": 1})
+
+
+def test_a_real_process_whose_reader_has_gone_ends_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        ended = subprocess.run(
+            [sys.executable, "-m", "preprocess", "--help"],
+            cwd=CHECKOUT, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_real_process_is_not_killed_by_a_socket_that_breaks() -> None:
+    program = """
+import runpy, socket, sys
+import preprocess.verify
+
+def broken(path):
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    ours.send(b"x")
+
+preprocess.verify.verify_dataset = broken
+sys.argv = ["preprocess", "verify", "data"]
+runpy.run_module("preprocess", run_name="__main__")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1 and ended.stderr.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
 
 
 def test_a_config_written_out_in_full_runs_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
