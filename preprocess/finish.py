@@ -168,22 +168,25 @@ def _reject_tables(
     for path in list_files(output / "plan", "*.rejects.parquet"):
         yield read_table(path, mend="delete plan/ and shards/ and run again", schema=REJECT_SCHEMA)
     for result in results:
-        rows = [{key: row[key] for key in REJECT_SCHEMA.names} for row in result["rejects"]]
-        yield reject_table([Reject(**row) for row in rows])
+        if rejects := result["rejects"]:
+            rows = [{key: row[key] for key in REJECT_SCHEMA.names} for row in rejects]
+            yield reject_table([Reject(**row) for row in rows])
 
 
 def _write_rejects(path: Path, tables: Iterable[pa.Table]) -> None:
     """One file of all tables, row groups of about ROWS_PER_GROUP."""
     gathered: list[pa.Table] = []
+    rows = 0
     with (
         atomic_path(path) as temporary,
         pq.ParquetWriter(temporary, REJECT_SCHEMA, compression="zstd") as writer,
     ):
         for table in tables:
             gathered.append(table)
-            if sum(map(len, gathered)) >= ROWS_PER_GROUP:
+            rows += len(table)
+            if rows >= ROWS_PER_GROUP:
                 writer.write_table(pa.concat_tables(gathered))
-                gathered = []
+                gathered, rows = [], 0
         writer.write_table(pa.concat_tables([REJECT_SCHEMA.empty_table(), *gathered]))
 
 

@@ -102,6 +102,28 @@ def test_rejects_of_all_steps_come_to_one_file_in_order(
     assert pq.read_metadata(tmp_path / "rejects.parquet").num_row_groups == 3
 
 
+def test_a_shard_without_rejects_adds_no_table_to_those_that_are_gathered(tmp_path: Path) -> None:
+    lost = {"source": "web", "key": "z", "reason": "r", "detail": "", "part": 2, "media": -1}
+    results = [{"rejects": []}, {"rejects": [lost]}, {"rejects": []}]
+    assert [len(table) for table in finish._reject_tables(tmp_path, {}, results)] == [1]
+
+
+def test_tables_are_counted_once_however_many_are_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def count(table: pa.Table) -> int:
+        counted.append(table.num_rows)
+        return table.num_rows
+
+    monkeypatch.setattr(finish, "len", count, raising=False)
+    tables = [reject_table([Reject("web", f"{row}", "r", "")]) for row in range(50)]
+    finish._write_rejects(tmp_path / "rejects.parquet", tables)
+    assert counted == [1] * 50
+    assert pq.read_table(tmp_path / "rejects.parquet").num_rows == 50
+
+
 def test_a_job_without_rejects_has_an_empty_table_of_them(tmp_path: Path) -> None:
     finish._write_rejects(tmp_path / "rejects.parquet", [])
     assert pq.read_table(tmp_path / "rejects.parquet").num_rows == 0
