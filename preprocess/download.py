@@ -31,13 +31,17 @@ SIDE_FILES = ("rejects.parquet", "config.toml", "tokenizer/", "report/")
 def download_dataset(source: Path, target: Path) -> dict[str, int]:
     """Make `target` the data set that `source` is; counts of shards copied, kept and of bytes copied.
 
-    Shards that are there with the right checksum stay; dataset.json comes last.
+    Shards that are there with the right checksum stay; dataset.json comes last; that of another data set goes first.
 
     Raises:
         UserError: a data set cannot be opened, or what arrived is not what its dataset.json says.
     """
     with _manifest_only(source) as dataset, lock_directory(target, "downloading"):
         remove_temporaries(target)
+        # While its shards are replaced, the manifest of another data set would speak for a mixture of both.
+        manifest = target / MANIFEST
+        if manifest.exists() and manifest.read_bytes() != (dataset.path / MANIFEST).read_bytes():
+            manifest.unlink()
         counts = {"shards": 0, "kept": 0, "bytes": 0}
         copies = (_copy_shard(source, target, shard) for shard in dataset.shards)
         for shard, copied in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from preprocess.__main__ import main
 from preprocess.config import PreprocessConfig
+from preprocess.download import download_dataset
 from preprocess.job import run_job
 from shared import remote, remote_lock
 from shared.config import to_toml
@@ -158,6 +160,25 @@ def test_a_downloaded_data_set_is_the_local_one_and_a_download_goes_on_where_it_
     assert (first["shards"], first["kept"]) == (len(shards), 0)
     assert (again["shards"], again["kept"]) == (2, len(shards) - 2)
     assert open_dataset(tmp_path / "copy").identity == open_dataset(local.output).identity
+
+
+def test_a_download_that_stops_leaves_no_manifest_of_the_data_set_it_replaces(
+    local: PreprocessConfig, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for copy in (source, target):
+        shutil.copytree(local.output, copy)
+    manifest = target / "dataset.json"
+    damaged = next((source / "shards").iterdir())
+    damaged.write_bytes(b"?")
+    (target / "shards" / damaged.name).unlink()
+    with pytest.raises(UserError, match="has checksum"):
+        download_dataset(source, target)
+    assert manifest.read_bytes() == (source / "dataset.json").read_bytes()  # of the same one: it stays
+    manifest.write_text(manifest.read_text() + " ")
+    with pytest.raises(UserError, match="has checksum"):
+        download_dataset(source, target)
+    assert not manifest.exists()
 
 
 def test_what_trains_says_how_to_copy_a_data_set_that_is_in_a_store(whole: PreprocessConfig) -> None:
