@@ -54,6 +54,8 @@ _S3 = {
     "config_kwargs": {"retries": {"max_attempts": 0}, "max_pool_connections": 64, "connect_timeout": 10},
 }
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
+# Second names of protocols, and the first, by which their clients list objects.
+_FIRST_NAMES = {"s3a": "s3", "gcs": "gs"}
 
 # Names, so that no client has to be installed: errors of botocore, aiohttp, requests and httpx that may pass.
 _PASSING_ERRORS = frozenset(
@@ -85,6 +87,8 @@ def is_remote(path: Path | str) -> bool:
 def as_path(text: str) -> Path:
     """A local path as `pathlib.Path`, a URI as `UPath`, which has the same methods though it is no subclass.
 
+    s3a:// and gcs:// become s3:// and gs://, as listings have them: names are compared with those.
+
     Annotations say Path for both; what opens, renames or removes goes through `shared.files`.
 
     Raises:
@@ -94,8 +98,10 @@ def as_path(text: str) -> Path:
         return Path(re.sub(r"^(file|local)://", "", text))
     from upath import UPath
 
-    _filesystem(text)
-    return cast(Path, UPath(text.rstrip("/"), **_OPTIONS.get(_protocol(text), {})))
+    protocol = _protocol(text)
+    uri = _FIRST_NAMES.get(protocol, protocol) + text[len(protocol) :].rstrip("/")
+    _filesystem(uri)
+    return cast(Path, UPath(uri, **_OPTIONS.get(_protocol(uri), {})))
 
 
 def require_writable(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,18 @@ def test_a_path_in_a_store_keeps_its_arithmetic_through_a_pickle(s3: str) -> Non
     assert str(path.absolute()) == str(path) and path.name == "b.parquet"
     put("a/b.parquet", b"x")
     assert existing([path]) == {path}
+
+
+def test_the_second_names_of_protocols_find_what_the_first_ones_do(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("second/a", b"x")
+    directory = as_path(f"s3a://{BUCKET}/second/")
+    assert existing([directory / "a"]) == {as_path(f"s3://{BUCKET}/second/a")}
+    assert list_files(directory, "*") == [directory / "a"] and list_tree(directory) == ["a"]
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"^gs://bucket/a: the client of gs://"):
+        as_path("gcs://bucket/a")
 
 
 def test_what_another_client_writes_is_seen_at_once(s3: str) -> None:
