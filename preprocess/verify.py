@@ -17,6 +17,7 @@ from preprocess.download import open_anywhere
 from shared.dataset import DataSet, ShardEntry
 from shared.errors import UserError
 from shared.files import file_checksum
+from shared.geometry import Budget
 from shared.schema import IGNORE_LABEL, Document, Pack
 from shared.tokens import TokenIds
 
@@ -36,7 +37,8 @@ def _verify(dataset: DataSet) -> tuple[dict[str, int], list[str]]:
         raise UserError(
             f"{dataset.path}: unlearned_tokens in dataset.json is no table; preprocess the data set again"
         )
-    counts = {"shards": 0, "packs": 0, "documents": 0, "images": 0, "labels": 0, "bytes": 0}
+    kinds = ("shards", "packs", "documents", "images", "tokens", "labels", "patches", "bytes")
+    counts: dict[str, int] = dict.fromkeys(kinds, 0)
     by_source: Counter[str] = Counter()
     faults: list[str] = []
     for shard in dataset.shards:
@@ -45,9 +47,10 @@ def _verify(dataset: DataSet) -> tuple[dict[str, int], list[str]]:
         faults += [f"{shard.name}: {fault}" for fault in _verify_shard(dataset, shard, counts, by_source)]
     try:
         faults += _total_faults(dataset.manifest["totals"], counts)
+        faults += _fill_faults(dataset.manifest["fill"], counts, dataset.budget)
         faults += _account_faults(dataset.manifest["account"], by_source)
     except (KeyError, TypeError, AttributeError) as error:
-        faults.append(f"totals or account in dataset.json are not valid: {error!r}")
+        faults.append(f"totals, fill or account in dataset.json are not valid: {error!r}")
     return counts, faults
 
 
@@ -86,6 +89,8 @@ def _verify_packs(
         counts["documents"] += len(documents)
         by_source.update(document.source for document in documents)
         counts["images"] += len(pack.images)
+        counts["tokens"] += sum(document.length for document in documents)
+        counts["patches"] += pack.num_patches
         counts["labels"] += int((pack.labels_S != IGNORE_LABEL).sum())
         if damage := reader.damage(row):
             yield f"pack {row}: {damage}"
@@ -192,9 +197,18 @@ def _placeholder_faults(pack: Pack, num_tokens: npt.NDArray[np.int64], ids: Toke
 
 
 def _total_faults(totals: dict[str, int], counts: dict[str, int]) -> Iterator[str]:
-    for name in ("packs", "documents", "images", "labels", "bytes"):
+    for name in ("packs", "documents", "images", "tokens", "labels", "patches", "bytes"):
         if totals[name] != counts[name]:
             yield f"total of {name}: dataset.json says {totals[name]}, the shards hold {counts[name]}"
+
+
+def _fill_faults(fill: dict[str, float], counts: dict[str, int], budget: Budget) -> Iterator[str]:
+    """The shares of the budgets of all packs that hold data, to six digits."""
+    room = {"tokens": counts["packs"] * budget.S, "vision": counts["packs"] * budget.N * budget.L}
+    for name, used in (("tokens", counts["tokens"]), ("vision", counts["patches"])):
+        found = round(used / max(1, room[name]), 6)
+        if fill[name] != found:
+            yield f"fill of {name}: dataset.json says {fill[name]}, in the shards it is {found}"
 
 
 def _account_faults(account: dict[str, Any], by_source: Counter[str]) -> Iterator[str]:

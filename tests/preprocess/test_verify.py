@@ -63,7 +63,9 @@ def test_a_good_data_set_has_no_fault_and_everything_in_it_is_counted(made: Path
         "packs": manifest["totals"]["packs"],
         "documents": 30,
         "images": 30,
+        "tokens": manifest["totals"]["tokens"],
         "labels": manifest["totals"]["labels"],
+        "patches": manifest["totals"]["patches"],
         "bytes": sum(path.stat().st_size for path in shards(made)),
     }
     assert counts["shards"] > 1 and counts["packs"] > 5
@@ -162,7 +164,27 @@ def test_a_shard_of_another_data_set_is_named(dataset: Path, tmp_path: Path) -> 
             lambda m: m["totals"].update(labels=1 + m["totals"]["labels"]),
             "total of labels: dataset.json says 535, the shards hold 534",
         ),
-        (lambda m: m.pop("account"), "totals or account in dataset.json are not valid: KeyError('account')"),
+        (
+            lambda m: m["totals"].update(tokens=1 + m["totals"]["tokens"]),
+            "total of tokens: dataset.json says 725, the shards hold 724",
+        ),
+        (
+            lambda m: m["totals"].update(patches=m["totals"]["patches"] - 1),
+            "total of patches: dataset.json says 399, the shards hold 400",
+        ),
+        (
+            lambda m: m["fill"].update(tokens=0.999999),
+            "fill of tokens: dataset.json says 0.999999, in the shards it is 0.942708",
+        ),
+        (
+            lambda m: m["fill"].update(vision=0.5),
+            "fill of vision: dataset.json says 0.5, in the shards it is 0.520833",
+        ),
+        (
+            lambda m: m.pop("account"),
+            "totals, fill or account in dataset.json are not valid: KeyError('account')",
+        ),
+        (lambda m: m.pop("fill"), "totals, fill or account in dataset.json are not valid: KeyError('fill')"),
     ],
 )
 def test_an_edited_account_or_total_is_found(
@@ -206,15 +228,15 @@ def spoil_first_pack(dataset: Path, spoil: Spoil) -> list[str]:
     reader = opened.reader(entry)
     path = dataset / "shards" / entry.name
     packs = [(copy_of(reader.pack(row)), reader.documents(row)) for row in range(len(reader))]
-    learned = (packs[0][0].labels_S != IGNORE_LABEL).sum()
+    before = amounts(*packs[0])
     changed = spoil(*packs[0])
     packs[0] = changed if isinstance(changed, tuple) else packs[0]
     writer = ShardWriter(path.with_name("new"), opened.budget.S, opened.fingerprint)
     for pack, documents in packs:
         writer.append(pack, documents)
     writer.close()
-    more = int((packs[0][0].labels_S != IGNORE_LABEL).sum() - learned)
-    edit_manifest(dataset, lambda m: m["totals"].update(labels=m["totals"]["labels"] + more))
+    more = amounts(*packs[0]) - before
+    edit_manifest(dataset, lambda m: add_to_totals(m, *more.tolist()))
     path.with_name("new").rename(path)
     size, checksum = path.stat().st_size, file_checksum(path)
     edit_manifest(dataset, lambda m: m["shards"][0].update(bytes=size, checksum=checksum))
@@ -223,6 +245,23 @@ def spoil_first_pack(dataset: Path, spoil: Spoil) -> list[str]:
     found = faults(dataset)
     assert all(fault.startswith(prefix) for fault in found), found
     return [fault.removeprefix(prefix) for fault in found]
+
+
+def amounts(pack: Pack, documents: list[Document]) -> Any:
+    """Tokens, labels and patches of a pack."""
+    tokens = sum(document.length for document in documents)
+    return np.array([tokens, (pack.labels_S != IGNORE_LABEL).sum(), pack.num_patches])
+
+
+def add_to_totals(manifest: dict[str, Any], tokens: int, labels: int, patches: int) -> None:
+    totals, budget = manifest["totals"], manifest["budget"]
+    for name, more in (("tokens", tokens), ("labels", labels), ("patches", patches)):
+        totals[name] += more
+    vision = totals["packs"] * budget["N"] * budget["L"]
+    manifest["fill"] = {
+        "tokens": round(totals["tokens"] / (totals["packs"] * budget["S"]), 6),
+        "vision": round(totals["patches"] / vision, 6),
+    }
 
 
 def copy_of(pack: Pack) -> Pack:
