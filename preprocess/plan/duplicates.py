@@ -31,10 +31,13 @@ from preprocess.plan.pieces import Samples, cut_into_pieces
 from preprocess.samples import REJECT_SCHEMA
 from preprocess.sources.base import SourceConfig
 from shared.files import atomic_path, exists, open_file, read_json, read_part, remove_tree, write_json
+from shared.remote import as_path
 
 DUPLICATE = "duplicate"
 # A task takes 49 bytes for each, 410 MB, where every second one is a duplicate, and its rejects.
 HASHES_PER_RANGE = 1 << 23
+# The file beside the hashes that names their units.
+UNITS = "units.json"
 # What a row will come to; of equal samples the lowest stays.
 USED, PERHAPS, UNUSED = range(3)
 
@@ -56,11 +59,10 @@ class HashTask:
 
 @dataclass(frozen=True, slots=True)
 class RangeTask:
-    """Range `number` of `ranges`; `hashes` holds the output of the hash tasks, by number of unit."""
+    """Range `number` of `ranges`; `hashes` holds the units (`_write_units`) and the output of their hash tasks."""
 
     number: int
     ranges: int
-    units: Sequence[PlanUnit]
     hashes: Path
     drop: bool
 
@@ -100,7 +102,8 @@ def find_duplicates(
         for source in [sources[unit.source]]
     ]
     run(sort_hashes, sort, label="hashes", total=len(sort))
-    tasks = [RangeTask(number, ranges, units, hashes, drop) for number in range(ranges)]
+    _write_units(hashes, units)
+    tasks = [RangeTask(number, ranges, hashes, drop) for number in range(ranges)]
     counts = run(compare_range, tasks, label="duplicates", total=ranges)
     if drop:
         _write_bits(dropped_bits(output), num_rows, [task.dropped for task in tasks])
@@ -169,9 +172,21 @@ def _hash_file(hashes: Path, number: int) -> Path:
     return hashes / f"{number:06d}.hashes"
 
 
+def _write_units(hashes: Path, units: Sequence[PlanUnit]) -> None:
+    """All units in a file of their own: every range needs them, and in a task they would grow with the inputs."""
+    lines = [(unit.source, unit.unit, str(unit.path), unit.first_row) for unit in units]
+    write_json(hashes / UNITS, lines)
+
+
+def _read_units(hashes: Path) -> list[PlanUnit]:
+    lines = read_json(hashes / UNITS, mend="run again")
+    return [PlanUnit(source, unit, as_path(path), first_row) for source, unit, path, first_row in lines]
+
+
 def compare_range(task: RangeTask) -> dict[str, dict[str, int]]:
     """Counts by source of `find_duplicates`, for the hashes of one range."""
-    hash_n, row_n, unit_n = _read_range(task)
+    units = _read_units(task.hashes)
+    hash_n, row_n, unit_n = _read_range(task, len(units))
     order = np.lexsort(((row_n >> 1) & 3, hash_n))  # equal in both: the order of units and rows
     hash_n = hash_n[order]
     again = np.flatnonzero(hash_n[1:] == hash_n[:-1]) + 1
@@ -181,24 +196,24 @@ def compare_range(task: RangeTask) -> dict[str, dict[str, int]]:
     again, first = order[again], order[first]
     across = (row_n[again] ^ row_n[first]) & 1 == 1
     if task.drop:
-        _write_dropped(task, unit_n, (row_n >> 3).astype(np.int64), again, first)
+        _write_dropped(task, units, unit_n, (row_n >> 3).astype(np.int64), again, first)
 
     def by_source(places: Ints) -> dict[str, int]:
         counts: Counter[str] = Counter()
         for unit, count in enumerate(np.bincount(unit_n[places]).tolist()):
-            counts[task.units[unit].source] += count
+            counts[units[unit].source] += count
         return dict(+counts)
 
     return {"found": by_source(again), "across_splits": by_source(again[across])}
 
 
 def _read_range(
-    task: RangeTask,
+    task: RangeTask, num_units: int
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
     """Hashes of the range, their rows as `sort_hashes` wrote them, and their units."""
     hashes, rows, counts = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], []
     body = 8 * (task.ranges + 1)
-    for number in range(len(task.units)):
+    for number in range(num_units):
         path = _hash_file(task.hashes, number)
         borders = np.frombuffer(read_part(path, 0, body), np.int64).tolist()
         begin, end, total = borders[task.number], borders[task.number + 1], borders[-1]
@@ -213,20 +228,21 @@ def _read_range(
 
 def _write_dropped(
     task: RangeTask,
+    units: Sequence[PlanUnit],
     unit_n: npt.NDArray[np.int32],
     row_n: Ints,
     again: Ints,
     first: Ints,
 ) -> None:
     """The numbers of the rows `again`, and a reject for each that names its `first`."""
-    first_row_u = np.array([unit.first_row for unit in task.units], np.int64)
+    first_row_u = np.array([unit.first_row for unit in units], np.int64)
     with atomic_path(task.dropped) as temporary, open(temporary, "wb") as file:
         np.save(file, first_row_u[unit_n[again]] + row_n[again])
     if not len(again):
         return
     both = np.concatenate([again, first])
-    keys = _keys(task.units, unit_n[both], row_n[both])
-    sources = pa.array([unit.source for unit in task.units]).take(pa.array(unit_n[both]))
+    keys = _keys(units, unit_n[both], row_n[both])
+    sources = pa.array([unit.source for unit in units]).take(pa.array(unit_n[both]))
     count = len(again)
     fields = {
         "source": sources[:count],

@@ -259,5 +259,5 @@ def test_what_crosses_the_network_is_small_however_many_paths_the_config_has(tmp
         job.scan(executor)
         job.plan(executor)
         job.pack(executor)
-    assert {"scan_unit", "plan_window", "pack_shard"} <= set(executor.sizes)
+    assert {"scan_unit", "compare_range", "plan_window", "pack_shard"} <= set(executor.sizes)
     assert max(max(sizes) for sizes in executor.sizes.values()) < 8_000

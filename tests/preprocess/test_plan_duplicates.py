@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from preprocess.plan import duplicates
 from shared.files import read_part
-from tests.preprocess.planning import Planned, Segment, plan, text
+from tests.preprocess.planning import Planned, Segment, plan, run, text
 
 # Files in the order of the config: web/0, web/1, chat/0.
 SAMPLES: dict[str, dict[str, list[Segment]]] = {
@@ -84,6 +86,20 @@ def test_the_ranges_together_read_every_hash_once(tmp_path: Path, monkeypatch: p
     plan(tmp_path, samples, content=content)
     # 8 bytes of hash and 4 of row for each of 1000; 10 times, of 2 files, where each of the 10 ranges begins and ends.
     assert sum(read) == 1000 * 12 + 10 * 2 * 8 * 11
+
+
+def test_a_task_of_a_range_is_small_however_many_files_there_are(tmp_path: Path) -> None:
+    samples = {f"web/{n}": {f"{n}": [text(2)]} for n in range(150)}  # some 80 bytes each, were they in a task
+    sizes: list[int] = []
+
+    def measured(function: Any, tasks: Sequence[Any], *, label: str, total: int) -> list[Any]:
+        if label == "duplicates":
+            sizes.extend(len(pickle.dumps(task)) for task in tasks)
+        return run(function, tasks, label=label, total=total)
+
+    planned = plan(tmp_path, samples, content=dict.fromkeys(map(str, range(150)), 5), run=measured)
+    assert planned.summary["duplicates"]["web"]["found"] == 149
+    assert len(sizes) == 1 and sizes[0] < 8_000
 
 
 def test_a_sample_that_is_too_long_takes_no_other_one_with_it(tmp_path: Path) -> None:
