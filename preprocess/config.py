@@ -37,8 +37,9 @@ class ImageLimits:
     # Of all texts of a sample. Plain text is tokenized in pieces, so that documents may be as long as a record
     # (64 MiB); a conversation in one go, which takes some 120 times its size in memory.
     max_text_bytes: int = 4 << 20
-    # The work on one picture may take this long, and a worker hold this many bytes. Beyond, the worker ends; the
-    # sample is found and counted as `crashed`. With the serial executor they do nothing.
+    # The work on one picture may take this long (on a video ten times, the reading of one record twenty times), and
+    # a worker hold this many bytes. Beyond, the worker ends; the sample is found and counted as `crashed`. With the
+    # serial executor they do nothing.
     max_seconds: float = 30.0
     max_memory: int = 1_500_000_000
 

@@ -171,7 +171,7 @@ def _describe(code: int, limits: Limits) -> str:
     if code == OUT_OF_MEMORY:
         return f"more than {limits.memory} bytes of memory"
     if code == -signal.SIGALRM:
-        return f"no result after {limits.seconds:g} s"
+        return f"no result within its time (limits.max_seconds = {limits.seconds:g})"
     return f"the process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
 

@@ -22,7 +22,7 @@ from preprocess.identity import made_by
 from preprocess.index import IndexedUnit, mend_beside
 from preprocess.plan import PlannedShard, planned_shards
 from preprocess.report.stats import collect_stats, print_report
-from preprocess.samples import REJECT_SCHEMA, Reject, reject_table
+from preprocess.samples import OVER_MAX_IMAGES, REJECT_SCHEMA, Reject, reject_table
 from preprocess.sources.base import SourceConfig
 from shared.dataset import MANIFEST, fingerprint_of
 from shared.errors import UserError
@@ -55,21 +55,28 @@ def finish(
         UserError: nothing was packed, or a source lost more samples than its ceiling allows.
         RuntimeError: the account does not balance, a defect of the program.
     """
-    names = [shard.name for shard in planned_shards(plan)]
+    shards: list[dict[str, Any]] = []
+    rejecting: list[str] = []
+
+    def results() -> Iterator[dict[str, Any]]:
+        """The result of every shard, once; what is needed of it later is noted as it passes."""
+        for shard in planned_shards(plan):
+            result = read_result(shard.name)
+            if result["packs"]:
+                shards.append(_shard_line(shard, result))
+            if result["rejects"]:
+                rejecting.append(shard.name)
+            yield result
+
     scanned = scan_counts(units)
-    accounts = settle(list(sources), scanned, plan["sources"], map(read_result, names))
+    accounts = settle(list(sources), scanned, plan["sources"], results())
     _check_accounts(accounts, sources)
-    shards = [
-        line
-        for shard in planned_shards(plan)
-        if (line := _shard_line(shard, read_result(shard.name)))["packs"]
-    ]
     if not shards:
         reasons = ", ".join(sorted({reason for account in accounts.values() for reason in account.rejected}))
         raise UserError(
             f"{output}: no sample is left to pack ({reasons}); look at the inputs and the mixture"
         )
-    _write_rejects(output / "rejects.parquet", _reject_tables(output, scanned, map(read_result, names)))
+    _write_rejects(output / "rejects.parquet", _reject_tables(output, scanned, map(read_result, rejecting)))
     _copy_tokenizer(tokenizer, output / "tokenizer")
     account = {name: line.as_dict() for name, line in accounts.items()}
     stats = collect_stats(shards, account, plan, Budget(**contract["budget"]))
@@ -130,6 +137,11 @@ def check_any_left(source: str, reasons: Counter[str], left: int, step: str) -> 
         )
 
 
+def lost_media(dropped: Counter[str]) -> Counter[str]:
+    """Pictures lost, without those that the config asks to leave out."""
+    return Counter({reason: count for reason, count in dropped.items() if reason != OVER_MAX_IMAGES})
+
+
 def check_scan(counts: Mapping[str, ScanCounts], sources: Mapping[str, SourceConfig]) -> None:
     """Hold the ceilings against what the scan found, before the expensive pass."""
     for name, source in sources.items():
@@ -137,8 +149,9 @@ def check_scan(counts: Mapping[str, ScanCounts], sources: Mapping[str, SourceCon
         check_any_left(name, line.rejected, line.read - line.rejected.total(), "scan")
         check_damaged(name, line, source.max_reject_rate)
         check_reject_rate(name, line.rejected, line.read, source.max_reject_rate, "scan")
-        media = line.media + line.media_dropped.total()
-        check_reject_rate(name, line.media_dropped, media, source.max_reject_rate, "scan", "images")
+        lost = lost_media(line.media_dropped)
+        media = line.media + lost.total()
+        check_reject_rate(name, lost, media, source.max_reject_rate, "scan", "images")
 
 
 def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str, SourceConfig]) -> None:
@@ -148,7 +161,9 @@ def _check_accounts(accounts: Mapping[str, SourceAccount], sources: Mapping[str,
         limit = sources[name].max_reject_rate
         check_any_left(name, account.losses, account.packed + account.split_parts, "job")
         check_reject_rate(name, account.losses, account.wanted, limit, "job")
-        check_reject_rate(name, account.media_dropped, account.media_read, limit, "job", "images")
+        lost = lost_media(account.media_dropped)
+        read = account.media_read - (account.media_dropped.total() - lost.total())
+        check_reject_rate(name, lost, read, limit, "job", "images")
 
 
 def _reject_tables(

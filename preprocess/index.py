@@ -50,8 +50,9 @@ INDEX_OPTIONS: dict[str, Any] = {
     "write_page_checksum": True,
 }
 COUNTS = b"parquetry.counts"
-# How the keys of rejects end that stand for all of a raw file, or for all behind some place in it.
+# Rejects that stand for all of a raw file, or for all behind some place in it: how their keys end, or their reason.
 LOST = ("#file", "#rest")
+LOST_REASONS = ("rest_unreadable", "batch_unreadable")
 MEND = "delete it and run again, it will be scanned again"
 
 
@@ -188,7 +189,7 @@ class IndexWriter:
         self._rejects.append(reject)
         if len(self._rejects) == ROWS_PER_BLOCK:
             self._flush_rejects()
-        if reject.key.endswith(LOST):
+        if reject.key.endswith(LOST) or reject.reason in LOST_REASONS:
             self._lost = self._lost or f"{reject.key}: {reject.detail}"
 
     def store(self, data: bytes) -> int:

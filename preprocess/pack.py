@@ -214,7 +214,7 @@ def _load_piece(
     segments: list[IndexSegment] = []
     texts: list[Tokens] = []
     images: list[LoadedImage] = []
-    dropped: list[ImageError] = []
+    dropped: list[Reject] = []
     number = -1
     part = -1 if piece.parts == 1 else piece.part
     origin = {"unit": piece.unit, "row": piece.row, "copy": piece.copy, "parts": piece.parts}
@@ -228,19 +228,20 @@ def _load_piece(
         try:
             frames = _load_frames(piece, segment, task, read, next(media))
         except ImageError as error:
-            dropped.append(error)
+            lost = piece.first_image + number
+            dropped.append(Reject(piece.source, piece.key, error.reason, str(error), part, lost))
             if task.bad_media[piece.source] == "reject":
                 break
-            lost = piece.first_image + number
-            reject = Reject(piece.source, piece.key, error.reason, str(error), part, lost)
-            rejects.append({**asdict(reject), **origin})
             continue
         images.append(LoadedImage(frames, piece.rows[number], segment.t, segment.h, segment.w))
         segments.append(segment)
-    if dropped and (task.bad_media[piece.source] == "reject" or not segments):
-        reject = Reject(piece.source, piece.key, dropped[-1].reason, str(dropped[-1]), part)
-        rejects.append({**asdict(reject), **origin})
+    # A text may be there as the last label alone: then nothing is left of the piece.
+    gone = sum(s.tokens for s in piece.segments) - sum(s.tokens for s in segments)
+    empty = not segments or gone == piece.end - piece.start
+    if dropped and (task.bad_media[piece.source] == "reject" or empty):
+        rejects.append({**asdict(replace(dropped[-1], media=-1)), **origin})
         return None
+    rejects += [{**asdict(reject), **origin} for reject in dropped]
     return _packed_piece(piece, segments, texts, images, task.ids)
 
 

@@ -20,6 +20,9 @@ import pyarrow as pa
 
 TEXT, IMAGE, VIDEO = 0, 1, 2
 
+# Reason of a picture that is left out because its source's config asks for no more.
+OVER_MAX_IMAGES = "over_max_images"
+
 # `file` of an IndexSegment: its bytes were copied to the store beside the index.
 STORE = "store"
 

@@ -199,7 +199,10 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
             draft.dropped.append(replace(reject, media=media))
         media += 1
     begin(item)
-    parts = list(_joined(parts, entry.separator))
+    parts = [
+        replace(part, inner=True) if place and isinstance(part, Text) else part
+        for place, part in enumerate(_joined(parts, entry.separator))
+    ]
     draft.content_hash = _content_hash(parts) if task.hash_content else 0
     draft.segments = [_TEXT_SEGMENT if isinstance(part, Text) else part.segment for part in parts]
     draft.texts = [part for part in parts if isinstance(part, Text)]

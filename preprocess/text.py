@@ -37,11 +37,14 @@ def encode_texts(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Tokens
     plain = [number for number, text in enumerate(texts) if text.learned is None and not text.special]
     result: list[Tokens | TextError] = [TextError("", "")] * len(texts)
     short = [number for number in plain if len(texts[number].text) <= PIECE]
-    for number, ids in zip(short, tokenizer.encode([texts[n].text for n in short]), strict=True):
-        result[number] = _checked(ids, texts[number].text, tokenizer)
+    for inner in (False, True):
+        group = [number for number in short if texts[number].inner is inner]
+        encoded = tokenizer.encode([texts[n].text for n in group], inner=inner) if group else []
+        for number, ids in zip(group, encoded, strict=True):
+            result[number] = _checked(ids, texts[number].text, tokenizer)
     for number in sorted(set(plain) - set(short)):
-        text = texts[number].text
-        pieces = [tokenizer.encode([piece], inner=start > 0)[0] for start, piece in _pieces(text)]
+        text, inner = texts[number].text, texts[number].inner
+        pieces = [tokenizer.encode([piece], inner=inner or start > 0)[0] for start, piece in _pieces(text)]
         result[number] = _checked(np.concatenate(pieces), text, tokenizer)
     marked = [number for number, text in enumerate(texts) if text.learned is not None or text.special]
     for number, found in zip(marked, _encode_marked([texts[n] for n in marked], tokenizer), strict=True):

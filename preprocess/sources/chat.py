@@ -3,6 +3,7 @@
     record -> turns -> template -> [text, picture, text, ..]          .json .jsonl .parquet .arrow
 
 Whose words are whose is known to the character, so that nothing a user writes is learned or becomes a special token.
+A picture given by URL is rejected (`image_not_fetched`): `fetch` reads tables and documents, no conversations.
 """
 
 from __future__ import annotations

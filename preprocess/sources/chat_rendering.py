@@ -170,7 +170,10 @@ def _check_extras(conversation: Conversation, template: ChatTemplate, specials: 
                 f"is learned",
             )
     beside = [turn.extras for turn in conversation.turns if turn.extras] + [conversation.tools]
-    written = json.dumps(beside, ensure_ascii=False, default=str)
+    try:
+        written = json.dumps(beside, ensure_ascii=False, default=str)
+    except RecursionError as error:
+        raise ChatError("special_token_in_fields", f"nested too deeply to look through ({error})") from None
     found = specials.pattern.search(written) or re.search(
         f"[{NONCHARACTERS[0]}-{NONCHARACTERS[-1]}]", written
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from preprocess.samples import Missing, RawSample, Reject, Segment, Text
+from preprocess.samples import OVER_MAX_IMAGES, Missing, RawSample, Reject, Segment, Text
 from preprocess.sources.base import SourceConfig, SourceContext
 from preprocess.sources.pictures import picture, picture_root
 from preprocess.sources.records import Value, keyed_records
@@ -106,7 +106,7 @@ class Interleaved:
     def _picture(self, image: Any, number: int, root: str) -> Segment:
         limit = self._config.max_images_per_document
         if limit and number > limit:
-            return Missing("over_max_images", f"image {number}, limit {limit}")
+            return Missing(OVER_MAX_IMAGES, f"image {number}, limit {limit}")
         return picture(image, root)
 
     @staticmethod

@@ -76,6 +76,8 @@ def _checked(number: int, value: object, escapes: bool) -> Record | Damage:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return Damage(number, "row_not_utf8", str(error))
+        except RecursionError as error:  # goes a little deeper than reading it did
+            return Damage(number, "json_invalid", str(error))
     return Record(number, cast(Value, value))
 
 
@@ -240,7 +242,9 @@ def separated_records(
         except StopIteration:
             break
         except csv.Error as error:
-            yield Damage(number, "csv_invalid", str(error))
+            # An open quote takes all that follows into its field.
+            rest = str(error) == "unexpected end of data" and not faults
+            yield Damage(number, "rest_unreadable" if rest else "csv_invalid", str(error))
             number += 1
             continue
         if fields:

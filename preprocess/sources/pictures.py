@@ -23,7 +23,6 @@ from typing import Any, cast
 from preprocess.inputs import Span
 from preprocess.samples import IMAGE, VIDEO, Media, Missing, Place
 from shared import remote
-from shared.errors import UserError
 from shared.remote import is_remote
 
 # A name in a directory has at most 255 characters, and that of a picture a dot, which base64 has not.
@@ -73,7 +72,10 @@ def _named(text: str, root: str) -> Media | Missing:
             return Missing("image_malformed", f"a data: URL without base64: {head[:60]!r}")
         return _decoded(data)
     if text[:7].lower() in ("http://", "https:/"):
-        return Missing("image_not_fetched", f"{text[:200]}: run `python -m preprocess fetch` first")
+        return Missing(
+            "image_not_fetched",
+            f"{text[:200]}: `python -m preprocess fetch` stores pictures of tables and documents",
+        )
     if _BASE64.fullmatch(text):
         return _decoded(text)
     if text.startswith("file://"):
@@ -101,10 +103,9 @@ def _object(name: str, root: str) -> Media | Missing:
     if not path.startswith(f"{folder}/"):
         return _outside(name, root)
     uri = f"{scheme}://{path}"
-    try:
-        size = remote.state_of(uri).size
-    except UserError as error:
-        return Missing("image_missing", str(error))
+    size = remote.size_of(uri)  # refused access is an error, and no missing picture
+    if size is None:
+        return Missing("image_missing", f"no object {remote.shown(uri)}")
     return Media(IMAGE, Span(uri, 0, size), Place(uri, 0, size))
 
 

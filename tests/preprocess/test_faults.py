@@ -29,7 +29,7 @@ LIMITS = Limits(seconds=1.0, memory=700 << 20)
     ("how", "detail"),
     [
         ("segfault", "the process ended with SIGSEGV"),
-        ("endless", "no result after 1 s"),
+        ("endless", "no result within its time (limits.max_seconds = 1)"),
         ("bloat", f"more than {700 << 20} bytes of memory"),
         ("exit", "the process ended with exit code 3"),
     ],
@@ -97,7 +97,9 @@ def test_a_ray_worker_that_dies_of_a_sample_goes_on_without_it(executor: Executo
 @pytest.mark.parametrize(
     ("limits", "detail"),
     [
-        pytest.param(Limits(0.25, 1 << 40), "no result after 0.25 s", id="time"),
+        pytest.param(
+            Limits(0.25, 1 << 40), "no result within its time (limits.max_seconds = 0.25)", id="time"
+        ),
         pytest.param(
             Limits(60, 420 << 20),
             f"more than {420 << 20} bytes of memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import os
 import shutil
@@ -17,6 +18,7 @@ from preprocess import pack as pack_module
 from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig
 from preprocess.executor import SerialExecutor
 from preprocess.job import Job, open_job, run_job
+from preprocess.sources.text import TextConfig
 from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.verify import verify_dataset
 from shared.config import load_config
@@ -355,6 +357,20 @@ def test_files_that_are_lost_in_part_count_as_files_and_not_as_a_sample(tmp_path
     assert "(the first: b.tar#rest: " in str(caught.value)
     source = replace(config.sources["web"], max_reject_rate=0.34)
     assert run_job(replace(config, sources={"web": source}))["account"]["web"]["packed"] > 240
+
+
+def test_a_table_that_breaks_off_is_a_file_that_is_lost_in_part(tmp_path: Path) -> None:
+    lines = gzip.compress(
+        b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(20).hex().encode()) for n in range(20_000))
+    )
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(lines[: len(lines) // 2])
+    config = make_config(tmp_path, path)
+    source = TextConfig(paths=(str(path),))
+    with pytest.raises(
+        UserError, match=r"'web': 1 of 1 files are lost in part or whole.* \(the first: a\.jsonl\.gz#"
+    ):
+        run_job(replace(config, sources={"web": source}))
 
 
 def test_sources_without_a_sample_are_refused(tmp_path: Path) -> None:

@@ -351,3 +351,27 @@ def test_a_cut_sample_that_loses_its_picture_counts_towards_the_ceiling(tmp_path
     config = make_config(tmp_path, path, source={"max_reject_rate": 0.5})
     with pytest.raises(UserError, match=r"20 of 20 samples rejected in the job \(image_corrupt 20\)"):
         run_job(config)
+
+
+def test_a_part_of_which_only_the_last_label_is_left_is_a_reject_and_no_document(tmp_path: Path) -> None:
+    # bos and 17 | the picture's 16 tokens, begin and end | 17 and eos: three parts of 18 for S = 20.
+    documents: dict[str, Sequence[str | bytes]] = {
+        "k": ["t" * 17, png(32, 32)[:-60], "u" * 17],
+        "good": ["v"],
+    }
+    config = document_config(
+        tmp_path,
+        documents,
+        budget=Budget(S=20, N=1, L=64),
+        geometry=replace(GEOMETRY, max_patches_per_image=64),
+    )
+    source = replace(config.sources["web"], bad_media="drop")  # type: ignore[arg-type]
+    config = replace(config, sources={"web": source})
+    account = run_job(config)["account"]["web"]
+    documents_of = [d for pack in Reference(Path(config.output)).packs() for d in pack["documents"]]
+    assert all(document["length"] > 0 for document in documents_of)
+    assert account["parts"]["rejected"] == {"image_corrupt": 1}
+    assert account["media_dropped"] == {}, "the picture goes with its part, which is the reject"
+    (reject,) = pq.read_table(Path(config.output) / "rejects.parquet").to_pylist()
+    assert (reject["key"], reject["part"], reject["media"]) == ("k", 1, -1)
+    assert verify_dataset(Path(config.output))[1] == []

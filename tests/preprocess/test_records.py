@@ -222,7 +222,7 @@ def test_a_bad_row_of_a_csv_costs_itself(tmp_path: Path) -> None:
         (3, "csv_invalid"),
         (4, "row_not_utf8"),
         5,
-        (6, "csv_invalid"),
+        (6, "rest_unreadable"),
     ]
 
 
@@ -454,3 +454,14 @@ def test_a_page_that_memory_does_not_hold_is_refused_by_name_and_the_same_rows_i
         path.write_bytes(content)
         assert len(list(read_records(str(path), columns, most))) == 60
     assert tables.max_page_bytes(tables.WORKER_BYTES + 7000) == 2000
+
+
+def test_a_line_that_can_be_read_and_not_written_again_costs_itself(tmp_path: Path) -> None:
+    """Nested as deep as Python's reader goes, with an escape that has the line checked."""
+    path = tmp_path / "a.jsonl"
+    for depth in range(900, 1000):
+        deep = '{"a": ' * depth + '"\\ud83d\\ude00"' + "}" * depth
+        path.write_text(f'{deep}\n{{"n": 1}}\n')
+        first, second = read_records(str(path))
+        assert isinstance(first, Record) or first.reason == "json_invalid"
+        assert isinstance(second, Record) and second.value == {"n": 1}

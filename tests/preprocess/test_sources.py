@@ -242,6 +242,12 @@ def test_pictures_beyond_the_cap_are_dropped_and_counted(tmp_path: Path) -> None
     samples: dict[str, Segments] = {"a.jsonl#0": ["a", A, "b", B, "c"]}
     account = run(tmp_path, documents(path, max_images_per_document=2), samples)
     assert account["media_dropped"] == {"over_max_images": 1}
+    # Asked for: no loss, however many there are.
+    source = documents(
+        write_lines(tmp_path / "b.jsonl", rows * 20), max_images_per_document=1, max_reject_rate=0.0
+    )
+    job = make_config(tmp_path / "many", path, sources={"web": source})
+    assert run_job(job)["account"]["web"]["media_dropped"] == {"over_max_images": 40}
     with pytest.raises(ValueError, match='it needs bad_media = "drop"'):
         documents(path, max_images_per_document=2, bad_media="reject")
 
