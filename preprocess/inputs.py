@@ -42,18 +42,21 @@ def expand_paths(name: str, paths: Sequence[str]) -> list[str]:
     Raises:
         UserError: a path does not exist or a pattern matches nothing; `name` is the source whose paths these are.
     """
+    return expand_paths_of(f"source {name!r}", f"sources.{name}.paths", paths)
+
+
+def expand_paths_of(owner: str, key: str, paths: Sequence[str]) -> list[str]:
+    """As `expand_paths`, for paths of any owner; messages begin with it and say to correct `key` of the config."""
     files: set[str] = set()
     for path in paths:
-        found = _matches(name, path)
+        found = _matches(owner, key, path)
         if not found:
-            raise UserError(
-                f"source {name!r}: pattern {shown(path)!r} matches no file; correct sources.{name}.paths"
-            )
+            raise UserError(f"{owner}: pattern {shown(path)!r} matches no file; correct {key}")
         files.update(found)
     return sorted(files)
 
 
-def _matches(name: str, path: str) -> list[str]:
+def _matches(owner: str, key: str, path: str) -> list[str]:
     if is_remote(path):
         signed = path.startswith("http") and "*" not in path.partition("?")[0]
         try:
@@ -61,18 +64,16 @@ def _matches(name: str, path: str) -> list[str]:
                 return remote.find(path)
             remote.state_of(path)
         except UserError as error:
-            raise UserError(f"source {name!r}: {error} (sources.{name}.paths)") from None
+            raise UserError(f"{owner}: {error} ({key})") from None
         return [path]
     found = [path]
     if glob.has_magic(path) and not Path(path).is_file():  # names may hold brackets
         found = [entry for entry in glob.glob(path, recursive=True) if not os.path.isdir(entry)]
     for entry in found:
         if not _is_text(entry):
-            raise UserError(
-                f"source {name!r}: {entry!r}: its name is not UTF-8, which keys must be; rename it"
-            )
+            raise UserError(f"{owner}: {entry!r}: its name is not UTF-8, which keys must be; rename it")
         if not Path(entry).is_file():
-            raise UserError(f"source {name!r}: {entry}: no such file; correct sources.{name}.paths")
+            raise UserError(f"{owner}: {entry}: no such file; correct {key}")
     return [str(Path(entry)) for entry in found]  # without ./ and //, so that each is read once
 
 

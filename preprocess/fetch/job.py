@@ -33,8 +33,9 @@ from preprocess.fetch.captions import fetch_captions
 from preprocess.fetch.client import Client, open_client
 from preprocess.fetch.config import CaptionsInput, FetchConfig
 from preprocess.fetch.documents import fetch_documents
-from preprocess.fetch.tables import Chunk, file_states, iter_chunks, list_inputs
+from preprocess.fetch.tables import Chunk, iter_chunks, list_inputs
 from preprocess.identity import IDENTITY, claim
+from preprocess.inputs import file_states
 from shared.config import to_dict, to_toml
 from shared.errors import UserError
 from shared.files import atomic_path, lock_directory, read_json, remove_temporaries, write_json
@@ -83,7 +84,7 @@ def _claim(config: FetchConfig, files: Sequence[str]) -> None:
     output = as_path(config.output)
     settings = to_dict(config)
     identity = {
-        "inputs": file_states(files),
+        "inputs": [[path, *state] for path, state in zip(files, file_states(files), strict=True)],
         "slices": config.slice[1],
         **{name: settings[name] for name in ("input", "rows_per_file", "policy")},
     }

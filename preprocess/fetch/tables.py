@@ -10,11 +10,10 @@ asks for them, so that chunks which are done already cost only the reading. CSV 
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocess.fetch.config import CaptionsInput, DocumentsInput
+from preprocess.inputs import expand_paths_of, open_input
+from preprocess.sources.records import unpacked
 from shared.errors import UserError, closest
+from shared.remote import StoreError, shown
 
 # Rows that pyarrow decodes at a time.
 BATCH_ROWS = 512
@@ -63,17 +65,10 @@ def list_inputs(paths: Sequence[str]) -> list[str]:
     Raises:
         UserError: a path does not exist, a pattern matches nothing, or a name says no format.
     """
-    files: set[str] = set()
-    for path in paths:
-        found = glob.glob(path) if glob.has_magic(path) else [path]
-        if not found:
-            raise UserError(f"input: pattern {path!r} matches no file; correct input.paths")
-        for entry in found:
-            if not Path(entry).is_file():
-                raise UserError(f"input: {entry}: no such file; correct input.paths")
-            _format_of(entry)
-            files.add(entry)
-    return sorted(files)
+    files = expand_paths_of("input", "input.paths", paths)
+    for path in files:
+        _format_of(path)
+    return files
 
 
 def iter_chunks(files: Sequence[str], config: CaptionsInput | DocumentsInput, rows: int) -> Iterator[Chunk]:
@@ -98,8 +93,8 @@ def _format_of(path: str) -> str:
     suffix = Path(name.stem).suffix if packed else name.suffix
     if suffix not in (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson") or (packed and suffix == ".parquet"):
         raise UserError(
-            f"input: {path}: the name says no format; expected .parquet, .csv, .tsv or .jsonl, the last three also "
-            "as .gz or .zst"
+            f"input: {shown(path)}: the name says no format; expected .parquet, .csv, .tsv or .jsonl, the last three "
+            "also as .gz or .zst"
         )
     return suffix
 
@@ -111,7 +106,7 @@ def _open(path: str, config: CaptionsInput | DocumentsInput) -> tuple[pa.Schema 
     if kind in (".jsonl", ".ndjson"):
         return None, _guarded(path, _json_rows(path))
     if isinstance(config, DocumentsInput):
-        raise UserError(f"input: {path}: lists of texts and images need .parquet or .jsonl")
+        raise UserError(f"input: {shown(path)}: lists of texts and images need .parquet or .jsonl")
     return None, _guarded(path, _separated_rows(path, config, "," if kind == ".csv" else "\t"))
 
 
@@ -119,9 +114,11 @@ def _guarded(path: str, rows: Iterator[Row]) -> Iterator[Row]:
     """What stops the reading of a text file, as one line that names it. Rows lost behind it would not be counted."""
     try:
         yield from rows
+    except StoreError:  # it may answer later
+        raise
     except (OSError, csv.Error, pa.ArrowException) as error:
         raise UserError(
-            f"input: {path}: cannot be read to its end ({error}); repair it or take it out"
+            f"input: {shown(path)}: cannot be read to its end ({error}); repair it or take it out"
         ) from None
 
 
@@ -130,9 +127,11 @@ def _guarded(path: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 def _open_parquet(path: str, config: CaptionsInput | DocumentsInput) -> tuple[pa.Schema, Iterator[Row]]:
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(open_input(path), page_checksum_verification=True)
+    except StoreError:
+        raise
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"input: {path}: not a readable Parquet file ({error}); repair it") from None
+        raise UserError(f"input: {shown(path)}: not a readable Parquet file ({error}); repair it") from None
     schema = file.schema_arrow
     text = (pa.types.is_string, pa.types.is_large_string)
     if isinstance(config, CaptionsInput):
@@ -159,12 +158,12 @@ def _require(path: str, schema: pa.Schema, column: str, fits: Callable[[Any], bo
     _require_column(path, column, schema.names)
     kind = schema.field(column).type
     if not fits(kind):
-        raise UserError(f"input: {path}: column {column!r} is {kind}, expected {wanted}")
+        raise UserError(f"input: {shown(path)}: column {column!r} is {kind}, expected {wanted}")
 
 
 def _require_column(path: str, column: str, names: Sequence[str]) -> None:
     if column not in names:
-        raise UserError(f"input: {path}: no column {column!r}; {closest(column, names)}")
+        raise UserError(f"input: {shown(path)}: no column {column!r}; {closest(column, names)}")
 
 
 def _parquet_rows(file: pq.ParquetFile) -> Iterator[Row]:
@@ -183,10 +182,10 @@ def _parquet_record(batch: pa.RecordBatch, index: int) -> Record:
 # Text
 
 
-def _open_bytes(path: str) -> io.BufferedReader:
-    # pyarrow reads concatenated streams, and takes one that is cut off for an error.
-    stream: Any = pa.input_stream(path, compression="detect")
-    return io.BufferedReader(stream, 1 << 20)
+@contextmanager
+def _open_bytes(path: str) -> Generator[io.BufferedReader]:
+    with closing(open_input(path)) as file:
+        yield unpacked(path, file)
 
 
 def _json_rows(path: str) -> Iterator[Row]:
@@ -215,7 +214,10 @@ def _separated_rows(path: str, config: CaptionsInput, delimiter: str) -> Iterato
     csv.field_size_limit(MAX_LINE_BYTES)
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     # Bytes that are no UTF-8 come through as lone surrogates, and fail their own row only.
-    with io.TextIOWrapper(_open_bytes(path), "utf-8-sig", "surrogateescape", newline="") as file:
+    with (
+        _open_bytes(path) as content,
+        io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="") as file,
+    ):
         lines = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         names = list(config.columns) or next(lines, [])
         for column in filter(None, (config.url, config.caption, config.key)):
@@ -230,12 +232,6 @@ def _separated_record(names: Sequence[str], fields: Sequence[str]) -> Record:
         raise RowError("row_malformed", f"{len(fields)} fields, expected {len(names)}")
     require_unicode("".join(fields))
     return dict(zip(names, fields, strict=True))
-
-
-def file_states(files: Sequence[str]) -> list[list[Any]]:
-    """(path, bytes, time of change) of each: what a stopped run knows its inputs by."""
-    states = [(path, os.stat(path)) for path in files]
-    return [[path, state.st_size, state.st_mtime_ns] for path, state in states]
 
 
 # Values of a row

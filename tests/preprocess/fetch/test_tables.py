@@ -15,7 +15,10 @@ import pytest
 from preprocess.fetch import tables
 from preprocess.fetch.config import CaptionsInput, DocumentsInput
 from preprocess.fetch.tables import RowError, iter_chunks, key_of, list_inputs
+from shared import remote
 from shared.errors import UserError
+from shared.remote import StoreError
+from tests.preprocess.stores import BUCKET, put, s3_server, use_s3
 
 ROWS = [
     {"url": "http://h/1", "caption": 'a "red" cat'},
@@ -49,6 +52,7 @@ FORMATS: dict[str, tuple[Callable[[Path], object], list[dict[str, str]]]] = {
     "a.csv": (lambda path: path.write_bytes(csv_of(ROWS)), ROWS),
     "bom.csv": (lambda path: path.write_bytes(b"\xef\xbb\xbf" + csv_of(ROWS)), ROWS),
     "a.csv.gz": (lambda path: path.write_bytes(gzip.compress(csv_of(ROWS))), ROWS),
+    "B.CSV.GZ": (lambda path: path.write_bytes(gzip.compress(csv_of(ROWS))), ROWS),
     "a.tsv": (lambda path: path.write_bytes(tsv_of(PLAIN)), PLAIN),
     "a.TSV.zst": (lambda path: path.write_bytes(zstd(tsv_of(PLAIN))), PLAIN),
     "a.jsonl": (lambda path: path.write_bytes(jsonl_of(ROWS)), ROWS),
@@ -227,8 +231,35 @@ def test_documents_are_no_csv(tmp_path: Path) -> None:
 
 def test_missing_inputs_are_named(tmp_path: Path) -> None:
     for path, message in (("x.csv", "x.csv: no such file"), ("*.csv", "pattern .* matches no file")):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=rf"^input: .*{message}; correct input\.paths$"):
             list_inputs([str(tmp_path / path)])
+
+
+def test_a_file_that_two_paths_name_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_bytes(csv_of(ROWS))
+    assert list_inputs(["a.csv", "./a.csv", "*.csv"]) == ["a.csv"]
+
+
+def test_tables_in_a_store_are_read_as_those_of_this_machine(tmp_path: Path) -> None:
+    with s3_server():
+        for name, (write, _) in FORMATS.items():
+            write(tmp_path / name)
+            put(f"tables/{name}", (tmp_path / name).read_bytes())
+        pattern = f"s3://{BUCKET}/tables/*"
+        assert list_inputs([pattern]) == [f"s3://{BUCKET}/tables/{name}" for name in sorted(FORMATS)]
+        config = CaptionsInput(kind="captions", paths=(pattern,))
+        assert read(config) == [row for name in sorted(FORMATS) for row in FORMATS[name][1]]
+
+
+def test_a_store_that_does_not_answer_is_no_fault_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    with s3_server():
+        paths = [put(f"gone/{name}", csv_of(ROWS)) for name in ("a.csv", "a.csv.gz", "a.parquet")]
+    use_s3(monkeypatch, "http://127.0.0.1:9")  # nobody listens there
+    for path in paths:
+        with pytest.raises(StoreError):
+            list(iter_chunks([path], CaptionsInput(kind="captions", paths=(path,)), 3))
 
 
 def test_a_key_is_the_columns_value_or_the_rows_number() -> None:
