@@ -198,8 +198,7 @@ def remove_tree(directory: Path) -> None:
                 f"{directory} yourself and run again"
             ) from None
         return
-    for uri in remote.list_below(str(directory)):
-        remote.remove(uri)
+    remote.remove_below(str(directory))
 
 
 @contextmanager

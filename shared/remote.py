@@ -11,6 +11,7 @@ Credentials, regions and endpoints are those of the store's own client: its envi
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
 import random
@@ -258,6 +259,23 @@ def remove(uri: str) -> None:
             pass
 
     _attempt(uri, erase)
+
+
+def remove_below(uri: str) -> None:
+    """Remove all objects below a directory by URI, many per request; there need be none."""
+
+    def erase(filesystem: Any, path: str) -> None:
+        # The client takes some names for patterns, and with a bucket's name removes the bucket itself.
+        if glob.has_magic(path) or "/" not in path:
+            return
+        try:
+            filesystem.rm(path, recursive=True)
+        except FileNotFoundError:
+            pass
+
+    _attempt(uri, erase)
+    for left in list_below(uri):  # where the client keeps quiet about what was refused, this one tells
+        remove(left)
 
 
 def list_below(uri: str) -> dict[str, int]:

@@ -7,10 +7,12 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
 
 from shared.errors import UserError
 from shared.files import (
@@ -143,6 +145,55 @@ def test_the_second_names_of_protocols_find_what_the_first_ones_do(
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"^gs://bucket/a: the client of gs://"):
         as_path("gcs://bucket/a")
+
+
+@pytest.fixture
+def removals(s3: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests to remove something, by name, as they are made."""
+    made: list[str] = []
+    client_class: Any = S3FileSystem
+    call = client_class._call_s3
+
+    async def counted(self: S3FileSystem, method: str, *arguments: Any, **options: Any) -> Any:
+        if method.startswith("delete"):
+            made.append(method)
+        return await call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", counted)
+    return made
+
+
+def test_a_tree_in_a_store_is_removed_in_one_request(removals: list[str]) -> None:
+    for name in ("a", "b", "deep/c", "deep/d"):
+        put(f"tree/{name}", b"x")
+    put("tree-beside/a", b"x")
+    remove_tree(as_path(f"s3://{BUCKET}/tree"))
+    assert removals == ["delete_objects"]
+    assert list_tree(as_path(f"s3://{BUCKET}/tree")) == []
+    assert list_tree(as_path(f"s3://{BUCKET}/tree-beside")) == ["a"]
+    remove_tree(as_path(f"s3://{BUCKET}/tree"))
+
+
+def test_a_tree_whose_name_looks_like_a_pattern_is_removed_alone(s3: str) -> None:
+    for name in ("run[1]/a", "run1/a"):
+        put(name, b"x")
+    remove_tree(as_path(f"s3://{BUCKET}/run[1]"))
+    assert list_tree(as_path(f"s3://{BUCKET}/run[1]")) == []
+    assert list_tree(as_path(f"s3://{BUCKET}/run1")) == ["a"]
+
+
+def test_what_is_left_of_a_tree_is_asked_for_one_by_one(
+    removals: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(self: S3FileSystem, paths: list[str]) -> list[str]:
+        return []  # as where a store keeps every object: the client does not raise
+
+    monkeypatch.setattr(S3FileSystem, "_bulk_delete", refused)
+    for name in ("a", "b"):
+        put(f"kept/{name}", b"x")
+    remove_tree(as_path(f"s3://{BUCKET}/kept"))
+    assert removals == ["delete_object", "delete_object"]
+    assert list_tree(as_path(f"s3://{BUCKET}/kept")) == []
 
 
 def test_what_another_client_writes_is_seen_at_once(s3: str) -> None:
