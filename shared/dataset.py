@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ import numpy.typing as npt
 
 from shared.codecs import CODECS, ImageDecoder, image_decoder
 from shared.errors import UserError, closest
-from shared.files import canonical_json, read_json, sha256
+from shared.files import allow_open_files, canonical_json, read_json, sha256
 from shared.geometry import PATCH_ORDER, Budget, Geometry
 from shared.remote import is_remote, shown
 from shared.schema import FORMAT_VERSION, Document, Pack
@@ -194,7 +193,8 @@ def open_dataset(path: Path | str, fetch: Callable[[ShardEntry], None] | None = 
             f"data set {directory}: format version {version}, this program knows {FORMAT_VERSION}; update parquetry"
         )
     dataset = DataSet(directory, manifest, fetch)
-    _allow_open_files(directory, len(dataset.shards))
+    if fetch is None:  # else one shard is here at a time
+        _allow_mapped_shards(directory, len(dataset.shards))
     if dataset.codec not in CODECS or dataset.patch_order != PATCH_ORDER:
         raise UserError(
             f"data set {directory}: codec {dataset.codec!r} and patch order {dataset.patch_order!r} are not known "
@@ -209,15 +209,11 @@ def open_dataset(path: Path | str, fetch: Callable[[ShardEntry], None] | None = 
     return dataset
 
 
-def _allow_open_files(directory: Path, num_shards: int) -> None:
-    """A mapped shard holds a file descriptor (until Python 3.13): raise the soft limit where it is too low."""
+def _allow_mapped_shards(directory: Path, num_shards: int) -> None:
+    """A mapped shard holds a file descriptor (until Python 3.13)."""
     needed = num_shards + 256
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if (limit := allow_open_files(needed)) is not None:
         raise UserError(
-            f"data set {directory}: {num_shards} shards need {needed} open files, the limit is {hard}; raise it "
+            f"data set {directory}: {num_shards} shards need {needed} open files, the limit is {limit}; raise it "
             f"(ulimit -n), or make larger shards (plan.shard_bytes)"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

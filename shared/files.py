@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import secrets
 import shutil
 import tempfile
@@ -252,6 +253,17 @@ def remove_temporaries(directory: Path, pattern: str = "**/*") -> None:
         return
     for path in directory.glob(f"{pattern}{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def allow_open_files(needed: int) -> int | None:
+    """Raise this process's soft limit of open files where it is below `needed`; the hard limit if that is too low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return None
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        return hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return None
 
 
 def canonical_json(value: Any) -> bytes:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import resource
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +37,14 @@ from preprocess.identity import IDENTITY, claim
 from preprocess.inputs import file_states
 from shared.config import to_dict, to_toml
 from shared.errors import UserError
-from shared.files import atomic_path, lock_directory, read_json, remove_temporaries, write_json
+from shared.files import (
+    allow_open_files,
+    atomic_path,
+    lock_directory,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from shared.remote import as_path, is_remote
 
 CHUNKS, TARS, DOCUMENTS = "chunks", "tars", "documents"
@@ -59,7 +65,7 @@ def run_fetch(config: FetchConfig) -> dict[str, Any]:
     files = list_inputs(config.input.paths)
     output = as_path(config.output)
     number, slices = config.slice
-    _allow_open_files(config.http.connections)
+    _allow_connections(config.http.connections)
     with lock_directory(output / "locks" / f"{number}-of-{slices}", "fetching this slice"):
         with _one_at_a_time(output / "locks" / "claim"):
             _claim(config, files)
@@ -232,20 +238,17 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return next((error for error in leaves if isinstance(error, UserError)), leaves[0])
 
 
-def _allow_open_files(connections: int) -> None:
+def _allow_connections(connections: int) -> None:
     """Each connection is a socket, and at most one body on disk.
 
     Raises:
         UserError: the system's hard limit is too low.
     """
     needed = 2 * connections + 128
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if (limit := allow_open_files(needed)) is not None:
         raise UserError(
-            f"http.connections {connections} needs {needed} open files, the limit is {hard}; lower it"
+            f"http.connections {connections} needs {needed} open files, the limit is {limit}; lower it"
         )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @contextmanager

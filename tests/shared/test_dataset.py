@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,15 @@ def test_a_missing_shard_is_named_when_it_is_needed(directory: Path) -> None:
     assert_same_pack(dataset.pack("train", 2), TRAIN[2][0])
     with pytest.raises(UserError, match=r"train-00000\.parquet: no such file"):
         dataset.pack("train", 0)
+
+
+def test_only_shards_that_are_mapped_here_need_open_files(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))  # 5 shards and 256 others are needed
+    with pytest.raises(UserError, match="5 shards need 261 open files, the limit is 200; raise it"):
+        open_dataset(directory)
+    assert len(open_dataset(directory, lambda shard: None).shards) == 5
 
 
 def test_identity_changes_with_a_shard_and_with_nothing_else(directory: Path) -> None:

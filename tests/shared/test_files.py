@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import xxhash
 
 from shared.errors import UserError
 from shared.files import (
+    allow_open_files,
     atomic_path,
     canonical_json,
     file_checksum,
@@ -176,3 +178,18 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock_directory(tmp_path, "testing"):
         assert "no locks here" in caplog.text
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_the_system_lets_it() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert allow_open_files(200) is None
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256, hard)
+        assert allow_open_files(300) is None
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        if hard != resource.RLIM_INFINITY:
+            assert allow_open_files(hard + 1) == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

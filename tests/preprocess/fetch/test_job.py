@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -494,6 +495,17 @@ def test_wrong_options_are_one_line_that_names_them(
     with pytest.raises(UserError, match=message):
         fetch(tmp_path, table, **options)
     assert not (tmp_path / "out" / "tars").exists()
+
+
+def test_more_connections_than_open_files_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
+    table = write_rows(tmp_path / "a.jsonl", [{"url": "http://h/1", "caption": "c"}])
+    with pytest.raises(
+        UserError, match=r"http\.connections 64 needs 256 open files, the limit is 200; lower it"
+    ):
+        fetch(tmp_path, table, http__connections=64)
 
 
 def test_inputs_without_a_row_are_named(tmp_path: Path) -> None:
