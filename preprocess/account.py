@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from preprocess.index import IndexedUnit, read_counts
+from preprocess.inputs import REQUESTS
 from preprocess.plan import DUPLICATE, LEFT_OUT
 
 # Reasons that the config asks for.
@@ -112,8 +114,10 @@ class ScanCounts:
 def scan_counts(units: Sequence[IndexedUnit]) -> dict[str, ScanCounts]:
     """Counts of every source, from the footers of its index files."""
     counts: dict[str, ScanCounts] = {}
-    for unit in units:
-        found, line = read_counts(unit.path), counts.setdefault(unit.source, ScanCounts())
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        footers = list(pool.map(read_counts, [unit.path for unit in units]))
+    for unit, found in zip(units, footers, strict=True):
+        line = counts.setdefault(unit.source, ScanCounts())
         line.read += found["read"]
         line.media += found["media"]
         line.unlearned_tokens += found["unlearned_tokens"]

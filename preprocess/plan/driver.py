@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import xxhash
 
 from preprocess.config import PlanConfig
 from preprocess.index import IndexedUnit, read_counts
+from preprocess.inputs import REQUESTS
 from preprocess.plan.deal import Blocks, deal
 from preprocess.plan.duplicates import DUPLICATE, dropped_bits, find_duplicates
 from preprocess.plan.files import PLAN_SUMMARY, SPLITS, TRAIN, PlanSettings, PlanUnit, Run
@@ -86,9 +88,11 @@ def _number(units: Sequence[IndexedUnit]) -> tuple[list[PlanUnit], int]:
     """The units with the numbers of their first rows, and the number of all rows."""
     numbered: list[PlanUnit] = []
     row = 0
-    for unit in units:
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        footers = list(pool.map(read_counts, [unit.path for unit in units]))
+    for unit, counts in zip(units, footers, strict=True):
         numbered.append(PlanUnit(unit.source, unit.unit, unit.path.absolute(), row))
-        row += read_counts(unit.path)["samples"]
+        row += counts["samples"]
     return numbered, row
 
 

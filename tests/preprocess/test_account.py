@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from preprocess import account
 from preprocess.account import ScanCounts, SourceAccount, scan_counts, settle
-from preprocess.index import IndexedUnit, ScannedSample, open_index
+from preprocess.index import IndexedUnit, ScannedSample, open_index, read_counts
+from preprocess.plan import driver
 from preprocess.samples import IMAGE, TEXT, IndexSegment, Reject
 
 
@@ -152,6 +155,26 @@ def test_what_the_scan_read_and_rejected_is_summed_over_its_files(tmp_path: Path
         4, 3, Counter(no_image=1), Counter(image_missing=3), units=2, reject_rows=rows
     )
     assert counts["x"] == ScanCounts(units=1)
+
+
+def test_footers_of_many_files_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(4, timeout=10)
+
+    def read(path: Path) -> dict[str, Any]:
+        together.wait()  # passes once four are here
+        return read_counts(path)
+
+    units = []
+    for number in range(4):
+        units.append(IndexedUnit("web", f"{number}", tmp_path / f"{number}.parquet"))
+        with open_index(units[-1].path) as index:
+            for row in range(number):
+                index.append(ScannedSample(f"{number}.{row}", 0, [], []))
+    monkeypatch.setattr(account, "read_counts", read)
+    monkeypatch.setattr(driver, "read_counts", read)
+    assert scan_counts(units)["web"].read == 6
+    numbered, num_rows = driver._number(units)
+    assert [unit.first_row for unit in numbered] == [0, 0, 1, 3] and num_rows == 6
 
 
 def test_rejects_are_written_as_they_come(tmp_path: Path) -> None:

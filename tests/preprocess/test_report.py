@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocess import finish
+from preprocess import finish, job
 from preprocess.account import scan_counts
+from preprocess.config import PlanConfig
 from preprocess.index import IndexedUnit
 from preprocess.report import distribution
 from preprocess.report.distribution import Distribution
 from preprocess.samples import Reject, reject_table
+from tests.preprocess.inputs import make_config, mixed_samples, png, write_samples
 from tests.preprocess.planning import image, plan, text, write_index
 
 PERCENTILES = (5, 50, 95, 100)
@@ -122,6 +127,29 @@ def test_tables_are_counted_once_however_many_are_gathered(
     finish._write_rejects(tmp_path / "rejects.parquet", tables)
     assert counted == [1] * 50
     assert pq.read_table(tmp_path / "rejects.parquet").num_rows == 50
+
+
+def test_the_result_of_a_shard_is_read_once_and_again_where_it_has_rejects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+
+    def counted(output: Path, *, read_result: Callable[[str], dict[str, Any]], **others: Any) -> Any:
+        def count(name: str) -> dict[str, Any]:
+            read[name] += 1
+            return read_result(name)
+
+        return finish.finish(output, read_result=count, **others)
+
+    monkeypatch.setattr(job, "finish", counted)
+    samples = {**mixed_samples(12), "cut": (png(40, 40)[:-2000], "half a picture")}
+    tar = write_samples(tmp_path / "a.tar", samples)
+    job.run_job(make_config(tmp_path, tar, plan=PlanConfig(shard_bytes=4096)))
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet")
+    assert rejects["key"].to_pylist() == ["cut"]
+    shards = [path.name for path in (tmp_path / "out" / "shards").iterdir()]
+    assert len(shards) > 2 and set(read) == set(shards)
+    assert sorted(read.values()) == [1] * (len(shards) - 1) + [2]
 
 
 def test_a_job_without_rejects_has_an_empty_table_of_them(tmp_path: Path) -> None:
