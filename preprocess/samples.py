@@ -88,8 +88,9 @@ class RawSample:
 class Reject:
     """A sample, or a part or a picture of one, that is not trained on.
 
-    part: -1 for all of the sample. media: which of its pictures and videos, numbered as the source has them, is
-    lost from a sample that is trained on without it; -1 for a sample or a part.
+    part: -1 for all of the sample. media: which of its pictures and videos is lost from a sample that is trained on
+    without it; -1 for a sample or a part. The scan numbers them as the source has them; the pack: among those that
+    the scan kept.
     """
 
     source: str
