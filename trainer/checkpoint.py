@@ -9,6 +9,7 @@ it is written beside, flushed and renamed. Parameters are named, not numbered, s
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -18,7 +19,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,15 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from shared.config import require_at_least
 from shared.errors import UserError
-from shared.files import read_json, write_json
+from shared.files import write_json
 from trainer.parallel.mesh import World
 
 NAME = re.compile(r"step_(\d{8})")
 MODEL, OPTIMIZER = "model.", "optimizer."
-# What reading a file that was cut short or changed raises, in pickle, zip and torch.
-DAMAGE = (OSError, EOFError, pickle.UnpicklingError, ValueError, RuntimeError)
+# What the content of a file that was cut short or changed raises, in json, pickle and torch; and what torch names in
+# a RuntimeError when its zip archive is broken. Its other RuntimeErrors (memory, devices, networks) prove no damage.
+DAMAGE = (EOFError, pickle.UnpicklingError, ValueError)
+BROKEN_ARCHIVE = ("PytorchStreamReader", "inline_container", "hasRecord")
 # One entry per parameter instead of numbered groups: independent of the order and of the layout.
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -81,18 +84,23 @@ def save_checkpoint(
     """Write the checkpoint of `state["step"]` finished steps and drop all but the newest `keep`.
 
     Every rank calls it and writes its own part; `state` is a small JSON value, the same on all ranks.
+
+    Raises:
+        UserError: the disk is full or cannot be written to; complete checkpoints are as they were.
     """
     final = directory / f"step_{state['step']:08d}"
     if final.exists():
         return final
     temporary = final.with_suffix(".tmp")
-    with _expected_alone():
-        save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=world.mesh is None)
+    with _failures_named(final, "written"):
+        with _expected_alone():
+            save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=world.mesh is None)
+        if world.is_main:
+            write_json(temporary / "state.json", state)
+            _flush(temporary)
+            os.rename(temporary, final)
+            _flush(directory)
     if world.is_main:
-        write_json(temporary / "state.json", state)
-        _flush(temporary)
-        os.rename(temporary, final)
-        _flush(directory)
         for old in complete_checkpoints(directory)[:-keep]:
             # Renamed first: a removal that is cut short must not look complete.
             old.rename(old.with_suffix(".tmp"))
@@ -107,15 +115,15 @@ def load_checkpoint(
     """Load into the model, and into the optimizer if given, under any layout; returns the saved state.
 
     Raises:
-        UserError: the checkpoint is damaged, or holds other parameters or shapes; names it, and them.
+        UserError: the checkpoint is damaged, cannot be read, or holds other parameters or shapes; names it, and them.
     """
-    state = read_json(path / "state.json", mend=f"delete {path} to go on from the checkpoint before it")
     tensors = _tensors(model, optimizer)
     reader = FileSystemReader(path)
-    with _damage_named(path):
+    with _failures_named(path, "read"):
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         saved = reader.read_metadata().state_dict_metadata
     _check_same(path, tensors, saved, whole=optimizer is not None)
-    with _damage_named(path), _expected_alone():
+    with _failures_named(path, "read"), _expected_alone():
         load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     set_model_state_dict(model, _part(tensors, MODEL), options=OPTIONS)
     if optimizer is not None:
@@ -162,24 +170,53 @@ def _some(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Generator[None, None, None]:
-    """Turn what damaged files raise into a UserError; torch gives every rank the failures of all."""
+def _failures_named(path: Path, done: Literal["read", "written"]) -> Generator[None, None, None]:
+    """Turn what disks, memory and damaged files raise into a UserError; torch gives every rank the failures of all.
+
+    A checkpoint is called damaged when all that failed proves it: where one rank could not read, nobody should delete.
+    """
     try:
         yield
-    except DAMAGE as error:
-        causes: list[BaseException] = [error]
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        if any(
-            isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, DAMAGE) for cause in causes
-        ):
+    except (Exception, CheckpointException) as error:
+        causes = (
+            [cause for cause, _ in error.failures.values()]
+            if isinstance(error, CheckpointException)
+            else [error]
+        )
+        others = [cause for cause in causes if done == "written" or not _proves_damage(path, cause)]
+        advice = [_advice(cause, done) for cause in others]
+        if None in advice:
             raise
-    else:
-        return
-    raise UserError(
-        f"checkpoint {path} is damaged ({type(causes[0]).__name__}: {causes[0]}); delete it to go on from the "
-        "checkpoint before it"
+        if others:
+            raise UserError(f"checkpoint {path} cannot be {done} ({_said(others[0])}); {advice[0]}") from None
+        raise UserError(
+            f"checkpoint {path} is damaged ({_said(causes[0])}); delete it to go on from the checkpoint before it"
+        ) from None
+
+
+def _proves_damage(path: Path, cause: BaseException) -> bool:
+    if isinstance(cause, FileNotFoundError):
+        return path.is_dir()  # complete when it was renamed; where all of it is gone, so may be the disk
+    return isinstance(cause, DAMAGE) or (
+        isinstance(cause, RuntimeError) and any(word in str(cause) for word in BROKEN_ARCHIVE)
     )
+
+
+def _advice(cause: BaseException, done: str) -> str | None:
+    """What to do about a failure that proves no damage; None for a defect, which keeps its traceback."""
+    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(cause):
+        return "give it more memory, or more ranks, and run again"
+    if isinstance(cause, OSError):
+        return (
+            f"mend that and run again{', it goes on from the checkpoint before' if done == 'written' else ''}"
+        )
+    if done == "read" and isinstance(cause, (AttributeError, ImportError)):
+        return f"read it with the torch that wrote it, this is {torch.__version__}"
+    return None
+
+
+def _said(cause: BaseException) -> str:
+    return f"{type(cause).__name__}: {cause}"
 
 
 @contextmanager

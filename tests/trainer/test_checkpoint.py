@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,8 +117,101 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(tmp_path: Path, file: str
         load_checkpoint(path, *make_trained(seed=2), WORLD)
 
 
-def test_a_checkpoint_without_its_state_is_named_with_the_way_on(tmp_path: Path) -> None:
+def replace_by_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_a_link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "state.json"])
+@pytest.mark.parametrize(
+    ("replace", "reason"),
+    [
+        (replace_by_a_directory, "Is a directory"),
+        (replace_by_a_link_to_itself, "Too many levels of symbolic links"),
+        pytest.param(
+            lambda path: path.chmod(0),
+            "Permission denied",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read all"),
+        ),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_called_damaged_and_nobody_is_told_to_delete_it(
+    tmp_path: Path, file: str, replace: Callable[[Path], object], reason: str
+) -> None:
+    path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
+    replace(path / file)
+    with pytest.raises(UserError, match=rf"step_00000007 cannot be read .*{reason}.*run again") as caught:
+        load_checkpoint(path, *make_trained(seed=2), WORLD)
+    assert "damaged" not in str(caught.value) and "delete" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_gone_as_a_whole_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step_00000007 cannot be read .*No such file"):
+        load_checkpoint(tmp_path / "step_00000007", *make_trained(seed=2), WORLD)
+
+
+def test_too_little_memory_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
+
+    def want_an_exabyte(*_: object, **__: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr("trainer.checkpoint.load", want_an_exabyte)
+    with pytest.raises(UserError, match=r"step_00000007 cannot be read .*; give it more memory"):
+        load_checkpoint(path, *make_trained(seed=2), WORLD)
+
+
+def test_metadata_of_classes_that_this_torch_lacks_is_not_called_damaged(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
+    known = (path / ".metadata").read_bytes()
+    unknown = known.replace(b"TensorStorageMetadata", b"TensorStorageNewState")
+    assert unknown != known
+    (path / ".metadata").write_bytes(unknown)
+    with pytest.raises(UserError, match=r"TensorStorageNewState.*; read it with the torch that wrote it"):
+        load_checkpoint(path, *make_trained(seed=2), WORLD)
+
+
+def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("trainer.checkpoint.load", fail)
+    with pytest.raises(RuntimeError, match="CUDA error: an illegal memory access") as caught:
+        load_checkpoint(path, *make_trained(seed=2), WORLD)
+    assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata.tmp"])
+def test_a_full_disk_is_one_line_and_the_checkpoints_before_stay(tmp_path: Path, file: str) -> None:
+    trained = make_trained(seed=1)
+    first = save_checkpoint(tmp_path, *trained, {"step": 7}, WORLD, keep=1)
+    (tmp_path / "step_00000009.tmp").mkdir()
+    (tmp_path / "step_00000009.tmp" / file).symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"step_00000009 cannot be written .*No space left.*mend that"):
+        save_checkpoint(tmp_path, *trained, {"step": 9}, WORLD, keep=1)
+    assert complete_checkpoints(tmp_path) == [first]
+    assert load_checkpoint(first, *make_trained(seed=2), WORLD) == {"step": 7}
+
+
+def test_a_file_where_the_directory_should_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"step_00000009 cannot be written .*Not a directory"):
+        save_checkpoint(tmp_path / "checkpoints", *make_trained(seed=1), {"step": 9}, WORLD, keep=1)
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_checkpoint_without_its_state_is_named_with_the_way_on(tmp_path: Path, content: str | None) -> None:
     path = save_checkpoint(tmp_path, *make_trained(seed=1), {"step": 7}, WORLD, keep=2)
     (path / "state.json").unlink()
-    with pytest.raises(UserError, match=r"state\.json: cannot be read .*delete .*step_00000007 to go on"):
+    if content is not None:
+        (path / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"step_00000007 is damaged .*; delete it to go on"):
         load_checkpoint(path, *make_trained(seed=2), WORLD)
