@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
+from preprocess.budgets import BudgetConfig
 from preprocess.config import PreprocessConfig
 from preprocess.executor import SerialExecutor
 from preprocess.job import open_job
 from preprocess.sources.webdataset import WebDatasetConfig
-from shared.geometry import Budget, Geometry
+from shared.geometry import Geometry
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -53,7 +54,7 @@ def measure(tar: Path, tokenizer: Path, patches: int) -> dict[str, float]:
             output=f"{directory}/out",
             tokenizer=str(tokenizer),
             sources={"web": WebDatasetConfig(paths=(str(tar),))},
-            budget=Budget(S=4096, N=7, L=2048),
+            budget=BudgetConfig(S=4096, N=7, L=2048),
             geometry=Geometry(max_patches_per_image=patches),
             executor="serial",
         )

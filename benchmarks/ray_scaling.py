@@ -24,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
+from preprocess.budgets import BudgetConfig
 from preprocess.config import PlanConfig, PreprocessConfig, RayConfig
 from preprocess.faults import Limits
 from preprocess.job import open_job
 from preprocess.ray_job import RayExecutor
 from preprocess.sources.text import TextConfig
 from preprocess.sources.webdataset import WebDatasetConfig
-from shared.geometry import Budget, Geometry
+from shared.geometry import Geometry
 
 FILES = 24
 WORKERS = (1, 2)
@@ -97,7 +98,7 @@ def make_input(directory: Path, tar: Path, tokenizer: Path, pictures: int, text:
         output="",
         tokenizer=str(tokenizer),
         sources=sources,
-        budget=Budget(S=4096, N=7, L=2048),
+        budget=BudgetConfig(S=4096, N=7, L=2048),
         geometry=Geometry(merge=2, max_patches_per_image=1024),
         # Many small shards: two workers that end a whole one apart would be the measurement.
         plan=PlanConfig(shard_bytes=16 << 20, window=1 << 20),

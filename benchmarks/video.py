@@ -27,6 +27,7 @@ import av
 import numpy as np
 import torch
 
+from preprocess.budgets import BudgetConfig
 from preprocess.config import ImageLimits, PreprocessConfig, VideoConfig
 from preprocess.job import run_job
 from preprocess.sources.webdataset import WebDatasetConfig
@@ -35,7 +36,7 @@ from preprocess.video import decode, load_video, num_temporal_patches, patches_p
 from preprocess.video.picture import to_picture
 from preprocess.video.sampling import frames_on_screen
 from shared.dataset import open_dataset
-from shared.geometry import Budget, Geometry, resize_grid
+from shared.geometry import Geometry, resize_grid
 
 GEOMETRY = Geometry(patch_size=16, merge=2, max_patches_per_image=1024)
 LIMITS, CONFIG = ImageLimits(), VideoConfig(max_patches_per_video=4096)
@@ -179,7 +180,7 @@ def measure_job(clips: list[bytes]) -> dict[str, float]:
             output=str(directory / "first"),
             tokenizer=str(directory / "tokenizer"),
             sources={"clips": WebDatasetConfig(paths=(str(path),))},
-            budget=Budget(S=8192, N=4, L=4096),
+            budget=BudgetConfig(S=8192, N=4, L=4096),
             geometry=GEOMETRY,
             video=CONFIG,
             executor="serial",

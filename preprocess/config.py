@@ -7,17 +7,12 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from preprocess.budgets import AUTO, BudgetConfig, BudgetLimits, MemoryConfig
 from preprocess.sources import AnySource
 from shared.codecs import MAX_ZSTD_LEVEL
 from shared.config import require_at_least
-from shared.geometry import Budget, Geometry
-from shared.shard_writer import MAX_BLOB_BYTES
+from shared.geometry import Geometry
 from shared.tokens import TokenNames
-
-# What a worker holds beside its pack, and how often it holds a pack while that is written (measured: the pack, and
-# twice in Arrow's encoder).
-WORKER_BYTES = 350_000_000
-PACK_COPIES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,7 +174,7 @@ class PreprocessConfig:
     output: str
     tokenizer: str
     sources: dict[str, AnySource]
-    budget: Budget
+    budget: BudgetConfig
     seed: int = 0
     # How patches are stored: as they are, lossless, or as JPEG again (benchmarks/codecs.py: bytes and speed of each).
     codec: Literal["raw", "zstd", "jpeg"] = "raw"
@@ -198,6 +193,7 @@ class PreprocessConfig:
     images: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
@@ -221,29 +217,11 @@ class PreprocessConfig:
             raise ValueError(
                 "plan.least_repeat is set, but no source has a weight; set repeat of the sources instead"
             )
-        if self.geometry.max_patches_per_image > self.budget.L:
-            raise ValueError(
-                f"geometry.max_patches_per_image {self.geometry.max_patches_per_image} is above budget.L "
-                f"{self.budget.L}: an image must fit one vision row"
-            )
-        cap = self.video.patch_cap(self.geometry)
-        if not self.geometry.patches_per_token <= cap <= self.budget.L:
-            raise ValueError(
-                f"video.max_patches_per_video {cap} must lie between one cell of {self.geometry.patches_per_token} "
-                f"patches and budget.L {self.budget.L}: a video must fit one vision row"
-            )
-        blob = self.budget.N * self.budget.L * self.geometry.values_per_patch
-        if blob >= MAX_BLOB_BYTES:
-            raise ValueError(
-                f"budget.N * budget.L patches of {self.geometry.values_per_patch} bytes are {blob} bytes per pack; "
-                f"a Parquet value holds less than {MAX_BLOB_BYTES}: lower N or L"
-            )
-        if (needed := WORKER_BYTES + PACK_COPIES * blob) > self.limits.max_memory:
-            raise ValueError(
-                f"budget.N * budget.L patches are {blob} bytes per pack; a worker that writes a full one holds "
-                f"{needed}, above limits.max_memory {self.limits.max_memory}: lower N or L, or raise the limit"
-            )
-        if self.budget.L % self.geometry.patches_per_token:
-            raise ValueError(
-                f"budget.L {self.budget.L} is not a multiple of merge * merge = {self.geometry.patches_per_token}"
-            )
+        if self.budget.S == AUTO and not self.memory.gpu_bytes:
+            raise ValueError('budget.S is "auto" and memory.gpu_bytes is not set; set it, or S')
+        self.budget_limits.check(self.budget.N, self.budget.L)
+
+    @property
+    def budget_limits(self) -> BudgetLimits:
+        """What N and L are held to, given or chosen."""
+        return BudgetLimits(self.geometry, self.video.patch_cap(self.geometry), self.limits.max_memory)

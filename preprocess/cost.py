@@ -1,4 +1,4 @@
-"""Modelled FLOPs of a pack: what the trainer balances ranks by."""
+"""Modelled FLOPs: of a pack, which the trainer balances ranks by, and of its padding, which a budget is chosen by."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ def pack_cost(document_lengths: Iterable[int], frame_patches: Iterable[int], con
     frame of a video, attend. Padding is not work.
     """
     lengths, patches = list(document_lengths), list(frame_patches)
-    linear = 6 * (config.decoder_parameters * sum(lengths) + config.encoder_parameters * sum(patches))
-    decoder = 6 * config.decoder_layers * config.decoder_width * sum(n * n for n in lengths)
-    encoder = 12 * config.encoder_layers * config.encoder_width * sum(n * n for n in patches)
-    return linear + decoder + encoder
+    pairs = sum(n * n for n in lengths), sum(n * n for n in patches)
+    return linear_cost(sum(lengths), sum(patches), config) + attention_cost(*pairs, config)
+
+
+def linear_cost(tokens: int, patches: int, config: CostConfig) -> int:
+    """FLOPs of the linear layers, which padding goes through like anything else."""
+    return 6 * (config.decoder_parameters * tokens + config.encoder_parameters * patches)
+
+
+def attention_cost(document_pairs: int, frame_pairs: int, config: CostConfig) -> int:
+    """FLOPs of attention over documents and frames with such sums of squared lengths."""
+    decoder = 6 * config.decoder_layers * config.decoder_width * document_pairs
+    return decoder + 12 * config.encoder_layers * config.encoder_width * frame_pairs

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from preprocess.budgets import AUTO
 from preprocess.config import PreprocessConfig
 from preprocess.index import IndexedUnit
 from preprocess.inputs import file_states
@@ -85,8 +86,11 @@ def made_by() -> dict[str, str]:
 def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, Any]:
     """Everything that plan and shards depend on."""
     settings = to_dict(config)
+    # The GPU that S is chosen by; a given S knows none.
+    chosen = {"memory": settings["memory"]} if config.budget.S == AUTO else {}
     return {
         "scan": scan,
+        **chosen,
         "rules": {
             name: {key: source[key] for key in ("too_long", "bad_media", "repeat", "weight")}
             for name, source in settings["sources"].items()

@@ -22,7 +22,15 @@ from preprocess.finish import check_scan, finish
 from preprocess.identity import claim, plan_identity, scan_identity, short_hash
 from preprocess.index import IndexedUnit, check_stores
 from preprocess.pack import PackTask, pack_shard
-from preprocess.plan import PLAN_SUMMARY, PlannedShard, make_plan, planned_shards
+from preprocess.plan import (
+    BUDGET_CHOICE,
+    PLAN_SUMMARY,
+    Choice,
+    PlannedShard,
+    choose_budget,
+    make_plan,
+    planned_shards,
+)
 from preprocess.progress import track
 from preprocess.scan import ScanUnit, scan_unit
 from preprocess.sources import open_source
@@ -39,7 +47,9 @@ from shared.files import (
     lock_directory,
     read_json,
     remove_temporaries,
+    write_json,
 )
+from shared.geometry import Budget
 from shared.remote import as_path, is_remote
 from shared.tokens import TextTokenizer, load_tokenizer
 
@@ -65,10 +75,24 @@ class Job:
         return load_tokenizer(Path(self.config.tokenizer), self.config.tokens)
 
     @cached_property
+    def budget(self) -> Budget:
+        """Given, or chosen by the lengths that the scan found and kept for good before anything is planned."""
+        if (fixed := self.config.budget.fixed) is not None:
+            return fixed
+        path = self.output / "plan" / BUDGET_CHOICE
+        if not exists(path):
+            write_json(path, self.choose_budget().record)
+        return Budget(**read_json(path)["budget"])
+
+    def choose_budget(self) -> Choice:
+        """Measure what the config leaves open; needs the index of every unit."""
+        return choose_budget(self.units, self.config, self.tokenizer.ids)
+
+    @cached_property
     def contract(self) -> dict[str, Any]:
         """What the fingerprint covers."""
         config = self.config
-        return describe_contract(config.budget, config.geometry, self.tokenizer.ids, config.codec)
+        return describe_contract(self.budget, config.geometry, self.tokenizer.ids, config.codec)
 
     @cached_property
     def units(self) -> list[IndexedUnit]:
@@ -147,7 +171,7 @@ class Job:
                 self.units,
                 self.config.sources,
                 self.output / "plan",
-                budget=self.config.budget,
+                budget=self.budget,
                 geometry=self.config.geometry,
                 ids=self.tokenizer.ids,
                 config=self.config.plan,
@@ -176,7 +200,7 @@ class Job:
             index=(self.output / "index").absolute(),
             bad_media={name: source.bad_media for name, source in self.config.sources.items()},
             ids=self.tokenizer.ids,
-            budget=self.config.budget,
+            budget=self.budget,
             geometry=self.config.geometry,
             limits=self.config.limits,
             images=self.config.images,

@@ -4,8 +4,8 @@
 
 A config is a tree of dataclasses. Each validates itself in `__post_init__` and raises `ValueError` with the
 value in the message; this module adds where the value came from. Supported field types: int, float, bool,
-str, `Literal`, `tuple[T, ...]`, `X | None`, nested dataclasses, `dict[str, Dataclass]` for named tables, and
-unions of dataclasses that a `Literal` field tells apart, such as `format`.
+str, `Literal`, `int | Literal["auto"]`, `tuple[T, ...]`, `X | None`, nested dataclasses, `dict[str, Dataclass]` for
+named tables, and unions of dataclasses that a `Literal` field tells apart, such as `format`.
 An unknown key, a wrong type and a missing key are `UserError`s that name the key (and the closest match).
 """
 
@@ -180,16 +180,21 @@ def _from_words(hint: Any, words: list[str], where: str) -> Any:
     if dataclasses.is_dataclass(inner) or get_origin(inner) is dict or _is_union(inner):
         raise UserError(f"{where}: is a section; set one of its keys, {where.split()[-1]}.KEY")
     try:
-        if inner is bool:
-            return {"true": True, "false": False}[word.lower()]
-        if inner in (int, float):
-            return inner(word)
-        if get_origin(inner) is Literal:
-            kinds = {str(option): option for option in get_args(inner)}
-            return kinds.get(word, word)
+        return _scalar(inner, word)
     except (KeyError, ValueError):
         raise UserError(f"{where}: expected {_name(inner)}, got {word!r}") from None
-    return word
+
+
+def _scalar(hint: Any, word: str) -> Any:
+    """What a word means; one that is no option of a `Literal` is left for `_convert` to refuse."""
+    if hint is bool:
+        return {"true": True, "false": False}[word.lower()]
+    if hint in (int, float):
+        return hint(word)
+    options = {str(option): option for option in _literals(hint)}
+    if _is_choice(hint) and word not in options:
+        return next(_scalar(option, word) for option in get_args(hint) if get_origin(option) is not Literal)
+    return options.get(word, word)
 
 
 def _build(cls: type[T], tree: Mapping[str, Any], origin: str, prefix: str) -> T:
@@ -233,6 +238,9 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
         if isinstance(value, list):
             element = get_args(inner)[0]
             return tuple(_convert(element, item, origin, f"{key}[{i}]") for i, item in enumerate(value))  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
+    elif _is_choice(inner):
+        others = [option for option in get_args(inner) if get_origin(option) is not Literal]
+        fits = value in _literals(inner) or (type(value) in others)
     elif kind is Literal:
         fits = value in get_args(inner)
         if not fits and isinstance(value, str):
@@ -254,14 +262,25 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
 
 def _without_none(hint: Any) -> Any:
     """`X | None` -> `X`."""
-    if _is_union(hint):
+    if get_origin(hint) in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         return options[0] if len(options) == 1 else hint
     return hint
 
 
 def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
+    """A union of tables."""
+    return get_origin(hint) in (Union, types.UnionType) and all(map(dataclasses.is_dataclass, get_args(hint)))
+
+
+def _is_choice(hint: Any) -> bool:
+    """A scalar, or a word in its place: `int | Literal["auto"]`."""
+    return get_origin(hint) in (Union, types.UnionType) and not _is_union(hint)
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    options = get_args(hint) if _is_choice(hint) else (hint,)
+    return tuple(word for option in options if get_origin(option) is Literal for word in get_args(option))
 
 
 def _variants(union: Any) -> tuple[str, dict[str, type]]:
@@ -298,6 +317,8 @@ def _choose(union: Any, table: Any, origin: str, key: str) -> Any:
 
 def _name(hint: Any) -> str:
     inner = _without_none(hint)
+    if _is_choice(inner):
+        return " or ".join(_name(option).replace("one of ", "") for option in get_args(inner))
     if get_origin(inner) is Literal:
         return "one of " + ", ".join(str(option) for option in get_args(inner))
     if get_origin(inner) is tuple:

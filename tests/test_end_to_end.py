@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+from preprocess.budgets import BudgetConfig
 from preprocess.config import PlanConfig, PreprocessConfig
 from preprocess.job import run_job
 from preprocess.sources.webdataset import WebDatasetConfig
@@ -40,7 +41,7 @@ def dataset(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
             output=str(output),
             tokenizer=str(raw / "tokenizer"),
             sources={"shapes": WebDatasetConfig(paths=(str(raw / "tars" / "*.tar"),))},
-            budget=BUDGET,
+            budget=BudgetConfig(S=BUDGET.S, N=BUDGET.N, L=BUDGET.L),
             geometry=Geometry(patch_size=P_SIDE, merge=MERGE, max_patches_per_image=64),
             plan=PlanConfig(shard_bytes=1 << 20, validation_fraction=0.2),
             executor="serial",

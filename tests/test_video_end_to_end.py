@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from preprocess.budgets import BudgetConfig
 from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig, VideoConfig
 from preprocess.inspect import describe_pack, pack_record
 from preprocess.job import run_job
@@ -21,7 +22,7 @@ from preprocess.sources.captions import CaptionsConfig
 from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.verify import verify_dataset
 from shared.dataset import DataSet, open_dataset
-from shared.geometry import Budget, Geometry
+from shared.geometry import Geometry
 from tests.preprocess.inputs import byte_tokenizer, encode, noise, write_tar
 from tests.preprocess.videos import encode_video, frame_numbers, greys
 from trainer.attention import encoder_mask
@@ -38,7 +39,7 @@ def run(directory: Path, source: Any, **changes: Any) -> DataSet:
         "output": str(directory / "out"),
         "tokenizer": str(byte_tokenizer(directory / "tokenizer")),
         "sources": {"clips": source},
-        "budget": Budget(S=64, N=2, L=32),
+        "budget": BudgetConfig(S=64, N=2, L=32),
         "geometry": GEOMETRY,
         "video": VIDEO,
         "executor": "serial",
@@ -287,7 +288,7 @@ def test_a_real_clip_arrives_in_a_batch(tmp_path: Path, shared_data: Path) -> No
         tmp_path,
         of_tar(path, caption="json:text"),
         geometry=Geometry(patch_size=16, merge=2, max_patches_per_image=256),
-        budget=Budget(S=256, N=1, L=256),
+        budget=BudgetConfig(S=256, N=1, L=256),
         video=VideoConfig(),
     )
     # 1.2 s at two a second are 2 frames, 4 at least; 256 patches are 64 each, of 3 : 4 that is 6 x 8.

@@ -19,6 +19,8 @@ from shared.tables import open_table
 from shared.tokens import TokenIds
 
 PLAN_SUMMARY = "plan.json"
+# Where the config leaves something of the budget open: what was chosen, and the curve it was chosen by.
+BUDGET_CHOICE = "budget.json"
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
 
 Ints = npt.NDArray[np.int64]

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from preprocess.budgets import BudgetConfig
 from preprocess.config import PlanConfig, PreprocessConfig
 from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.synthetic import train_tokenizer
@@ -101,7 +102,10 @@ def make_config(directory: Path, *paths: Path, **changes: Any) -> PreprocessConf
         "executor": "serial",
         "plan": PlanConfig(shard_bytes=8192),
     }
-    return PreprocessConfig(**{**settings, **changes})
+    settings |= changes
+    budget = settings["budget"]
+    settings["budget"] = BudgetConfig(S=budget.S, N=budget.N, L=budget.L)
+    return PreprocessConfig(**settings)
 
 
 class Reads:

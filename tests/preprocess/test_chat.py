@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocess.__main__ import main
+from preprocess.budgets import BudgetConfig
 from preprocess.config import PlanConfig, PreprocessConfig
 from preprocess.job import run_job
 from preprocess.samples import Media, Missing, RawSample, Reject, Text
@@ -22,7 +23,6 @@ from preprocess.verify import verify_dataset
 from shared.config import load_config
 from shared.errors import UserError
 from shared.files import read_json
-from shared.geometry import Budget
 from shared.tokens import TokenNames, load_tokenizer
 from tests.preprocess.chat_inputs import CHATML, GENERATION, STYLES, Style, chat_tokenizer, llava
 from tests.preprocess.inputs import GEOMETRY, png
@@ -192,7 +192,7 @@ def make_chat_config(
         output=str(directory / "out"),
         tokenizer=str(tokenizer),
         sources={"chat": ChatConfig(paths=(str(path),), max_reject_rate=1.0, **settings)},
-        budget=Budget(S=256, N=2, L=32),
+        budget=BudgetConfig(S=256, N=2, L=32),
         geometry=GEOMETRY,
         executor="serial",
         plan=PlanConfig(shard_bytes=8192),

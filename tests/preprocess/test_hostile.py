@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from preprocess.budgets import BudgetConfig
 from preprocess.config import PreprocessConfig
 from preprocess.job import run_job
 from preprocess.sources import AnySource
@@ -18,7 +19,7 @@ from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.verify import verify_dataset
 from shared.dataset import open_dataset
 from shared.files import read_json
-from shared.geometry import Budget, Geometry
+from shared.geometry import Geometry
 from shared.schema import Document
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -151,7 +152,7 @@ def hostile_job(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> 
         output=str(directory / "out"),
         tokenizer=str(shared_data / "tokenizer-bpe8k"),
         sources=hostile_sources(directory, shared_data / "hostile"),
-        budget=Budget(S=4096, N=4, L=1024),
+        budget=BudgetConfig(S=4096, N=4, L=1024),
         geometry=Geometry(max_patches_per_image=256),
         executor="serial",
     )

@@ -15,6 +15,7 @@ import pytest
 
 from preprocess import identity as identity_module
 from preprocess import pack as pack_module
+from preprocess.budgets import BudgetConfig
 from preprocess.config import ImageLimits, PlanConfig, PreprocessConfig
 from preprocess.executor import SerialExecutor
 from preprocess.job import Job, open_job, run_job
@@ -24,7 +25,6 @@ from preprocess.verify import verify_dataset
 from shared.config import load_config
 from shared.errors import UserError
 from shared.files import read_json, write_json
-from shared.geometry import Budget
 from shared.tokens import TokenNames
 from tests.preprocess.inputs import (
     GEOMETRY,
@@ -177,7 +177,7 @@ def test_a_job_that_fails_in_a_pass_leaves_no_data_set_and_resumes(
 
 CHANGES: list[tuple[str, Callable[[PreprocessConfig], PreprocessConfig], str]] = [
     ("seed", lambda c: replace(c, seed=1), "seed: 0, now 1"),
-    ("S", lambda c: replace(c, budget=Budget(S=65, N=2, L=32)), "budget.S: 64, now 65"),
+    ("S", lambda c: replace(c, budget=BudgetConfig(S=65, N=2, L=32)), "budget.S: 64, now 65"),
     (
         "merge",
         lambda c: replace(c, geometry=replace(GEOMETRY, merge=1)),
@@ -587,7 +587,7 @@ def test_a_budget_whose_packs_no_parquet_value_holds_is_refused(finished: Prepro
     budget = replace(finished.budget, N=1, L=44_739_240)
     fits = replace(finished, geometry=geometry, limits=limits, budget=budget)
     with pytest.raises(ValueError, match="a Parquet value holds less than 2147483648: lower N or L"):
-        replace(fits, budget=replace(fits.budget, L=44_739_244))
+        replace(fits, budget=replace(budget, L=44_739_244))
 
 
 def test_a_budget_whose_packs_no_worker_holds_is_refused(finished: PreprocessConfig) -> None:
