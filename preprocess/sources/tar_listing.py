@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,14 +43,14 @@ class Listing:
         self._kinds = array("I")
         self._extensions: dict[str, int] = {}
 
-    def add(self, key: str, extension: str, member: tarfile.TarInfo) -> None:
+    def add(self, key: str, extension: str, offset: int, size: int) -> None:
+        """`offset` is -1 where a content has no place of its own."""
         name = key.encode()
         self._keys += name
         self._key_ends.append(len(self._keys))
         self._hashes.append(xxhash.xxh3_64_intdigest(name))
-        # Without a place where its content is in pieces.
-        self._offsets.append(-1 if member.issparse() else member.offset_data)
-        self._sizes.append(member.size)
+        self._offsets.append(offset)
+        self._sizes.append(size)
         self._kinds.append(self._extensions.setdefault(extension, len(self._extensions)))
 
     def groups(self) -> Iterator[Group]:

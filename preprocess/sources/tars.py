@@ -25,6 +25,7 @@ import xxhash
 from preprocess.inputs import Local, open_input
 from preprocess.sources.base import BadFileError
 from preprocess.sources.record import is_damage
+from preprocess.sources.tar_headers import BLOCK, plain_member
 from preprocess.sources.tar_listing import Group, Listing, Member
 from shared.remote import shown
 
@@ -33,6 +34,8 @@ WINDOW_KEYS = 64
 WINDOW_BYTES = 256 << 20
 # Names and PAX records of one member; a damaged header may ask for any number of bytes.
 MAX_HEADER_BYTES = 1 << 20
+# Read at a time of a plain tar: the headers of a picture, its caption and its record in one go.
+HEADER_BYTES = 4096
 # Unpacked at a time: a damaged size may be any number.
 PIECE_BYTES = 1 << 20
 
@@ -71,9 +74,32 @@ def walk_plain(unit: str, file: Local) -> tuple[Iterator[Group], str]:
                 damage = member
             elif member.isfile() and member.offset_data + member.size > size:
                 damage = f"{member.name} is cut off at byte {size}"
-            elif place := _place_of(member):
-                listing.add(*place, member)
+            else:
+                if member.isfile() and (place := _place_of(member.name)):
+                    # Without a place where its content is in pieces.
+                    offset = -1 if member.issparse() else member.offset_data
+                    listing.add(*place, offset, member.size)
+                _list_plain(tar, headers, size, listing)
         return listing.groups(), damage or _what_follows(headers, tar.offset)
+
+
+def _list_plain(tar: tarfile.TarFile, headers: _HeaderFile, size: int, listing: Listing) -> None:
+    """List whole members of plain headers up to the first other one, where tarfile goes on; nearly a whole tar."""
+    if tar.pax_headers:  # they hold for all members that follow
+        return
+    offset = tar.offset
+    while member := plain_member(headers.header_at(offset)):
+        name, length = member
+        content = offset + BLOCK
+        if content + length > size:
+            break
+        if place := _place_of(name):
+            listing.add(*place, content, length)
+        offset = content + -(-length // BLOCK) * BLOCK
+    tar.offset = offset
+    headers.seek(
+        0
+    )  # away from there: tarfile looks for the end of the content before it only if it has to move
 
 
 def walk_stream(unit: str, codec: str, wanted: Callable[[str], int]) -> Iterator[Group | str]:
@@ -93,7 +119,7 @@ def walk_stream(unit: str, codec: str, wanted: Callable[[str], int]) -> Iterator
         while not damage and (member := _next_member(tar)) is not None:
             if isinstance(member, str):
                 damage = member
-            elif place := _place_of(member):
+            elif member.isfile() and (place := _place_of(member.name)):
                 content = Member(member.offset_data, member.size)
                 if not member.issparse() and member.size <= wanted(place[1]):
                     content.data = stream.read_content(member.size)
@@ -151,7 +177,12 @@ class _HeaderFile(io.BufferedReader):
     """A tar of which headers are read."""
 
     def __init__(self, file: Local) -> None:
-        super().__init__(io.FileIO(file if isinstance(file, str) else os.dup(file.fileno())))
+        raw = io.FileIO(file if isinstance(file, str) else os.dup(file.fileno()))
+        super().__init__(raw, HEADER_BYTES)
+
+    def header_at(self, offset: int) -> bytes:
+        super().seek(offset)
+        return super().read(BLOCK)
 
     def read(self, size: int | None = -1, /) -> bytes:
         return super().read(_header_bytes(size))
@@ -281,14 +312,16 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | str | None:
     return member
 
 
-def _place_of(member: tarfile.TarInfo) -> tuple[str, str] | None:
-    """Key and lower-case extension; None for what is no member of a sample."""
-    folder, _, name = member.name.rpartition("/")
+def _place_of(path: str) -> tuple[str, str] | None:
+    """Key and lower-case extension of a file; None for what is no member of a sample, hidden files such as ._x.jpg."""
+    folder, _, name = path.rpartition("/")
     stem, _, extension = name.partition(".")
-    if not member.isfile() or not stem:  # links, folders, and hidden files such as ._x.jpg
+    if not stem:
         return None
     # Names are bytes; keys are text in every table that follows.
-    key = (f"{folder}/{stem}" if folder else stem).encode("utf-8", "backslashreplace").decode()
+    key = f"{folder}/{stem}" if folder else stem
+    if not key.isascii():
+        key = key.encode("utf-8", "backslashreplace").decode()
     return key, extension.lower()
 
 

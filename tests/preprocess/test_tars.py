@@ -10,6 +10,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import zstandard
@@ -20,6 +21,7 @@ from preprocess.job import run_job
 from preprocess.samples import Media, Missing, RawSample, Reject
 from preprocess.sources import tars
 from preprocess.sources.base import BadFileError, SourceContext
+from preprocess.sources.tar_headers import plain_member
 from preprocess.sources.tars import WINDOW_KEYS, walk_plain
 from preprocess.sources.webdataset import WebDataset, WebDatasetConfig
 from shared.files import read_json
@@ -419,3 +421,79 @@ def test_a_plain_tar_of_many_members_takes_little_memory(tmp_path: Path) -> None
     tracemalloc.stop()
     # Two members of 36 bytes and a key of 14, what arrays grow by and the order; 800 as objects.
     assert peak / count < 250
+
+
+Walked = tuple[list[tuple[str, str, dict[str, tuple[int, int]]]], str] | str
+
+
+def walk(path: Path) -> Walked:
+    """All groups with the places of their members, and the damage; or why it is no tar."""
+    try:
+        groups, damage = walk_plain(str(path), str(path))
+    except BadFileError as error:
+        return str(error)
+    places = [
+        (group.key, group.fault, {kind: (m.offset, m.size) for kind, m in group.members.items()})
+        for group in groups
+    ]
+    return places, damage
+
+
+def walk_by_tarfile(path: Path) -> Walked:
+    """The same without the short way for plain headers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tars, "_list_plain", lambda *_: None)
+        return walk(path)
+
+
+@settings(fuzz, max_examples=300)
+@given(seed=st.integers(0, len(SEEDS) - 1), changes=edits | aimed, mend=st.booleans())
+def test_the_short_way_for_plain_headers_lists_what_tarfile_lists_and_faults_where_it_does(
+    tmp_path: Path, seed: int, changes: list[Edit], mend: bool
+) -> None:
+    data = bytearray(SEEDS[seed])
+    for at, gone, new in changes:
+        data[at : at + gone] = new
+    if mend:
+        mend_checksums(data)
+    path = tmp_path / "m.tar"
+    path.write_bytes(data)
+    assert walk(path) == walk_by_tarfile(path)
+
+
+def test_the_short_way_lists_real_and_hostile_tars_as_tarfile_does(shared_data: Path) -> None:
+    for path in sorted(shared_data.rglob("*.tar")):
+        assert walk(path) == walk_by_tarfile(path), path
+
+
+def test_a_tar_cut_at_any_byte_is_faulted_as_tarfile_faults_it(tmp_path: Path) -> None:
+    members = [("a.jpg", b"p" * 700), ("a.txt", b""), ("b.jpg", b"q" * 512), ("b.txt", b"x")]
+    whole = write_tar(tmp_path / "a.tar", members, tarfile.USTAR_FORMAT).read_bytes()
+    for cut in range(512, len(whole), 59):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:cut])
+        assert walk(path) == walk_by_tarfile(path), cut
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_headers_of_regular_files_go_the_short_way_and_those_of_a_wrong_sum_do_not(
+    format: Literal[0, 1],
+) -> None:
+    member = tarfile.TarInfo("folder/" + "n" * 60 + "/a.jpg" if format == tarfile.USTAR_FORMAT else "é.jpg")
+    member.size, member.mtime, member.uid, member.uname = 0o1234567, 1 << 32, 1000, "\xff" * 10
+    header = member.tobuf(format)
+    assert plain_member(header) == (member.name, member.size)
+    for at in (0, 99, 257, 499, 511):
+        assert plain_member(header[:at] + bytes([header[at] ^ 1]) + header[at + 1 :]) is None
+    assert plain_member(b"\xff" * 512) is None and plain_member(header[:511]) is None
+
+
+def test_what_a_global_record_says_of_all_members_is_not_lost_on_plain_headers(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    named = {"path": "k.jpg"}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=named) as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("a.jpg"))
+    walked = walk(path)
+    assert walked == walk_by_tarfile(path)
+    assert [key for key, *_ in walked[0]] == ["k", "k"]
