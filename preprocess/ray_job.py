@@ -89,10 +89,7 @@ class RayExecutor:
         # Ray ends the process where another service listens, raises RuntimeError where it has other versions, and
         # RayError where a token is missing.
         except (ConnectionError, ValueError, RuntimeError, SystemExit, ray.exceptions.RayError) as error:
-            raise UserError(
-                f"ray: no cluster at {config.address or 'this machine'} ({_in_one_line(error)}); correct "
-                f"--ray.address, or run with --executor serial"
-            ) from None
+            raise _not_connected(config.address, error) from None
         self._require_memory()
 
     def map(self, function: Callable[[U], R], units: Sequence[U]) -> Iterator[R]:
@@ -245,6 +242,18 @@ def _cluster_options(config: RayConfig) -> dict[str, Any]:
         "env_vars": {name: os.environ[name] for name in config.forward_env},
     }
     return {"runtime_env": environment}
+
+
+def _not_connected(address: str, error: BaseException) -> UserError:
+    if "merge the Job's runtime env" in str(error):
+        return UserError(
+            "ray: the job was submitted with py_modules, excludes or variables that it sends to its workers itself; "
+            "give `ray job submit` only --working-dir, and name variables in --ray.forward_env"
+        )
+    return UserError(
+        f"ray: no cluster at {address or 'this machine'} ({_in_one_line(error)}); correct --ray.address, or run "
+        f"with --executor serial"
+    )
 
 
 def _in_one_line(error: BaseException) -> str:
