@@ -97,9 +97,8 @@ def _list_plain(tar: tarfile.TarFile, headers: _HeaderFile, size: int, listing: 
             listing.add(*place, content, length)
         offset = content + -(-length // BLOCK) * BLOCK
     tar.offset = offset
-    headers.seek(
-        0
-    )  # away from there: tarfile looks for the end of the content before it only if it has to move
+    # Away from there: tarfile looks for the end of the content before it only if it has to move.
+    headers.seek(0)
 
 
 def walk_stream(unit: str, codec: str, wanted: Callable[[str], int]) -> Iterator[Group | str]:
