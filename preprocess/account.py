@@ -24,6 +24,7 @@ from typing import Any
 from preprocess.index import IndexedUnit, read_counts
 from preprocess.inputs import REQUESTS
 from preprocess.plan import DUPLICATE, LEFT_OUT
+from preprocess.samples import NO_LABELS
 
 # Reasons that the config asks for.
 DELIBERATE = (DUPLICATE, LEFT_OUT)
@@ -53,9 +54,9 @@ class SourceAccount:
 
     @property
     def losses(self) -> Counter[str]:
-        """Samples that are rejected or lost a part, by reason: what the ceiling counts."""
+        """Samples that are rejected or lost a part, by reason: what the ceiling counts. Labels are what can be lost."""
         losses = self.rejected + self.incomplete
-        for reason in DELIBERATE:
+        for reason in (*DELIBERATE, NO_LABELS):
             del losses[reason]
         return losses
 
@@ -167,9 +168,11 @@ def settle(
                 sample = (row["source"], row["unit"], row["row"], row["copy"])
                 failed_parts[sample].append((reason, row["parts"]))
     for (name, *_), failures in failed_parts.items():
+        # The first reason why labels were lost, if some were.
+        reason = next((reason for reason, _ in failures if reason != NO_LABELS), NO_LABELS)
         if len(failures) == failures[0][1]:  # every part failed: nothing of the sample is left
             accounts[name].split_parts -= 1
-            accounts[name].rejected[failures[0][0]] += 1
+            accounts[name].rejected[reason] += 1
         else:
-            accounts[name].incomplete[failures[0][0]] += 1
+            accounts[name].incomplete[reason] += 1
     return accounts

@@ -28,7 +28,7 @@ from preprocess.images import ImageError, load_image
 from preprocess.index import media_file, token_file
 from preprocess.inputs import Read, change_time, read_ahead
 from preprocess.plan import read_shard_plan
-from preprocess.samples import STORE, TEXT, VIDEO, IndexSegment, Place, Reject
+from preprocess.samples import NO_LABELS, STORE, TEXT, VIDEO, IndexSegment, Place, Reject
 from preprocess.stream import image_starts, token_stream
 from preprocess.video import load_video
 from shared.codecs import ImageEncoder, image_encoder, store_patches
@@ -238,11 +238,16 @@ def _load_piece(
     # A text may be there as the last label alone: then nothing is left of the piece.
     gone = sum(s.tokens for s in piece.segments) - sum(s.tokens for s in segments)
     empty = not segments or gone == piece.end - piece.start
-    if dropped and (task.bad_media[piece.source] == "reject" or empty):
-        rejects.append({**asdict(replace(dropped[-1], media=-1)), **origin})
-        return None
-    rejects += [{**asdict(reject), **origin} for reject in dropped]
-    return _packed_piece(piece, segments, texts, images, task.ids)
+    failed = dropped[-1] if dropped and (task.bad_media[piece.source] == "reject" or empty) else None
+    if failed is None:
+        packed = _packed_piece(piece, segments, texts, images, task.ids)
+        if (packed.labels != IGNORE_LABEL).any():
+            rejects += [{**asdict(reject), **origin} for reject in dropped]
+            return packed
+        detail = f"{len(packed.tokens)} tokens, none of which is learned"
+        failed = dropped[-1] if dropped else Reject(piece.source, piece.key, NO_LABELS, detail, part)
+    rejects.append({**asdict(replace(failed, media=-1)), **origin})
+    return None
 
 
 def _packed_piece(

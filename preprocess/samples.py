@@ -22,6 +22,8 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 # Reason of a picture that is left out because its source's config asks for no more.
 OVER_MAX_IMAGES = "over_max_images"
+# Reason of a part of a cut sample that nothing would be learned from, such as one of a user's words alone.
+NO_LABELS = "no_labels"
 
 # `file` of an IndexSegment: its bytes were copied to the store beside the index.
 STORE = "store"

@@ -122,6 +122,9 @@ def pack_faults(pack: Pack, documents: list[Document], dataset: DataSet) -> Iter
     if pack.tokens_S.min() < 0 or pack.tokens_S.max() >= dataset.tokens.vocabulary_size:
         yield "a token lies outside the vocabulary"
     unlearned = dataset.manifest["unlearned_tokens"]
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], used], strict=True)):
+        if (pack.labels_S[start:end] == IGNORE_LABEL).all():
+            yield f"document {number} has no label"
     partly = np.repeat([bool(unlearned.get(document.source)) for document in documents], lengths[:-1])
     yield from _label_faults(pack, starts, partly, dataset.tokens)
     yield from _image_faults(pack, dataset)

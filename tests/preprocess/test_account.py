@@ -94,6 +94,22 @@ def test_a_cut_sample_counts_as_split_until_its_last_part_fails() -> None:
     assert account.losses == {"image_corrupt": 2}
 
 
+def test_a_part_without_labels_is_counted_and_no_loss_unless_others_were_lost_too() -> None:
+    # s: one of two parts has no label. t: that, and a picture. u: the same two, and nothing more.
+    results = [
+        result(0, 1, failure("s", 0, 2, "no_labels")),
+        result(0, 1, failure("t", 0, 3, "no_labels"), failure("t", 1, 3)),
+        result(0, 0, failure("u", 0, 2, "no_labels"), failure("u", 1, 2)),
+    ]
+    account = settle(["web"], {"web": scanned(3)}, {"web": planned(0, 3, 7)}, results)["web"]
+    assert account.imbalance() is None and account.split_parts == 2
+    assert account.parts_rejected == {"no_labels": 3, "image_corrupt": 2}
+    assert account.incomplete == {"no_labels": 1, "image_corrupt": 1} and account.rejected == {
+        "image_corrupt": 1
+    }
+    assert account.losses == {"image_corrupt": 2}
+
+
 def test_parts_of_equal_keys_in_two_files_rows_or_copies_are_two_samples() -> None:
     for other in ({"unit": "two"}, {"row": 7}, {"copy": 1}):
         results = [result(0, 2, failure("k", 0, 2), failure("k", 1, 2, **other))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,26 @@ def test_a_lost_picture_costs_itself_where_the_config_says_so(tmp_path: Path) ->
     shown = text.decode(tokens).replace("<|image|>", "")
     assert "user\n<|begin_of_image|><|end_of_image|>One  two<|im_end|>" in shown
     assert text.decode([label for label in labels if label >= 0]) == "Yes.<|im_end|>No.<|im_end|>"
+
+
+def test_a_part_of_a_users_words_alone_is_a_counted_reject_and_no_loss(tmp_path: Path) -> None:
+    # Longer than S = 256 and shorter than 2 * S: two parts, the answer at the end of the second.
+    records = [llava(f"{number:02}" + "q" * 300, "Yes.") for number in range(20)]
+    config = make_chat_config(tmp_path, write_json(tmp_path / "a.json", *records), too_long="split")
+    source = replace(config.sources["chat"], max_reject_rate=0.0)
+    account = run_job(replace(config, sources={"chat": source}))["account"]["chat"]
+    assert (account["packed"], account["split_parts"], account["rejected"]) == (0, 20, {})
+    assert account["parts"] == {
+        "made": 40,
+        "packed": 20,
+        "rejected": {"no_labels": 20},
+        "incomplete_samples": {"no_labels": 20},
+    }
+    rejects = pq.read_table(Path(config.output) / "rejects.parquet").to_pylist()
+    assert {(row["key"], row["part"], row["reason"]) for row in rejects} == {
+        (f"a.json#{number}", 0, "no_labels") for number in range(20)
+    }
+    assert verify_dataset(Path(config.output))[1] == []
 
 
 def test_another_template_is_another_data_set(tmp_path: Path) -> None:

@@ -285,7 +285,10 @@ def test_documents_of_many_images_and_texts_are_what_the_reference_computes(tmp_
     account = run_job(config)["account"]["web"]
     found = Reference(Path(config.output)).check({("web", key): s for key, s in documents.items()})
     assert {key for _, key in found} == set(documents)
-    cut = [parts for parts in found.values() if len(parts) > 1]
+    # Parts of pictures alone are rejected: nothing would be learned from them.
+    rejects = pq.read_table(Path(config.output) / "rejects.parquet").to_pylist()
+    assert {row["reason"] for row in rejects} == {"no_labels"}
+    cut = {key for (_, key), parts in found.items() if len(parts) > 1} | {row["key"] for row in rejects}
     assert len(cut) > 5
     assert (account["packed"], account["split_parts"]) == (40 - len(cut), len(cut))
     assert verify_dataset(Path(config.output))[1] == []
@@ -309,22 +312,22 @@ def test_the_account_holds_to_the_unit_when_some_or_all_parts_of_a_cut_sample_fa
     mended = {("web", key): [good if s == bad else s for s in own] for key, own in documents.items()}
     found = Reference(Path(config.output)).check(mended)
     # 2 pictures: bos + 6 | 6 + eos = 7, 7. 3 pictures: 7, 6, 7. Text: bos + 20 + eos = 22 in 3 parts of 8.
+    # A picture before a picture has nothing to learn: of pictures alone, the end of text in the last part is all.
     assert found == {
         ("web", "whole"): {0: 8},
-        ("web", "one of two fails"): {0: 7},
-        ("web", "the first of three fails"): {1: 6, 2: 7},
+        ("web", "the first of three fails"): {2: 7},
         ("web", "text only"): {0: 8, 1: 8, 2: 6},
     }
     assert stats["account"]["web"] == {
         "read": 7,
         "packed": 1,
-        "split_parts": 3,
-        "rejected": {"image_corrupt": 3},
+        "split_parts": 2,
+        "rejected": {"image_corrupt": 4},
         "parts": {
             "made": 2 + 3 + 2 + 3 + 3,
-            "packed": 1 + 2 + 3,
-            "rejected": {"image_corrupt": 1 + 1 + 2 + 3},
-            "incomplete_samples": {"image_corrupt": 2},
+            "packed": 1 + 3,
+            "rejected": {"image_corrupt": 1 + 1 + 2 + 3, "no_labels": 1 + 1},
+            "incomplete_samples": {"image_corrupt": 1},
         },
         "repeated": 0,
         "media_dropped": {},
@@ -336,8 +339,10 @@ def test_the_account_holds_to_the_unit_when_some_or_all_parts_of_a_cut_sample_fa
         ("all three fail", 2),
         ("both fail", 0),
         ("both fail", 1),
+        ("one of two fails", 0),
         ("one of two fails", 1),
         ("the first of three fails", 0),
+        ("the first of three fails", 1),
         ("whole and bad", -1),
     ]
     assert verify_dataset(Path(config.output))[1] == []

@@ -403,6 +403,17 @@ def test_where_only_a_part_is_learned_a_label_may_be_missing_but_never_wrong(dat
     assert spoil_first_pack(dataset, mistake) == ["a label is not the next token of its document"]
 
 
+def test_a_document_of_which_nothing_is_learned_is_found(dataset: Path) -> None:
+    edit_manifest(dataset, lambda manifest: manifest["unlearned_tokens"].update(web=1))
+
+    def unlearn(pack: Pack, documents: list[Document]) -> Any:
+        labels_S = pack.labels_S.copy()
+        labels_S[documents[1].start : documents[1].start + documents[1].length] = IGNORE_LABEL
+        return replace(pack, labels_S=labels_S), documents
+
+    assert spoil_first_pack(dataset, unlearn) == ["document 1 has no label"]
+
+
 def test_images_in_another_order_than_their_rows_are_found(dataset: Path) -> None:
     def swap(pack: Pack, documents: list[Document]) -> None:
         images = pack.images
