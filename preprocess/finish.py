@@ -47,9 +47,11 @@ def finish(
     read_result: Callable[[str], dict[str, Any]],
     contract: Mapping[str, Any],
     codec_settings: Mapping[str, int],
-    tokenizer: Path,
+    tokenizer: Mapping[str, Path],
 ) -> dict[str, Any]:
-    """Complete the data set; return its statistics. `read_result` reads the result file of a shard, by its name.
+    """Complete the data set; return its statistics.
+
+    read_result: the result file of a shard, by its name. tokenizer: its files, by the names under which they are kept.
 
     Raises:
         UserError: nothing was packed, or a source lost more samples than its ceiling allows.
@@ -205,12 +207,12 @@ def _write_rejects(path: Path, tables: Iterable[pa.Table]) -> None:
         writer.write_table(pa.concat_tables([REJECT_SCHEMA.empty_table(), *gathered]))
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Its files and no others: a chat template of an earlier run would make it another tokenizer."""
-    for name in tokenizer_files(source):
+def _copy_tokenizer(files: Mapping[str, Path], target: Path) -> None:
+    """These files and no others: a chat template of an earlier run would make it another tokenizer."""
+    for name, file in files.items():
         with atomic_path(target / name) as temporary:
-            shutil.copyfile(source / name, temporary)
-    for name in set(tokenizer_files(target)) - set(tokenizer_files(source)):
+            shutil.copyfile(file, temporary)
+    for name in set(tokenizer_files(target)) - set(files):
         remove(target / name)
 
 

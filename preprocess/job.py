@@ -51,7 +51,7 @@ from shared.files import (
 )
 from shared.geometry import Budget
 from shared.remote import as_path, is_remote
-from shared.tokens import TextTokenizer, load_tokenizer
+from shared.tokens import TextTokenizer, kept_files, load_tokenizer, tokenizer_hash
 
 # What a job writes below its output: nothing else there is ever touched.
 DIRECTORIES = ("index", "plan", "shards", "tokenizer", "report")
@@ -72,7 +72,17 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        return load_tokenizer(Path(self.config.tokenizer), self.config.tokens)
+        """Its hash covers the templates that sources name, as they are part of it in the data set."""
+        directory = Path(self.config.tokenizer)
+        found = load_tokenizer(directory, self.config.tokens)
+        sha256 = tokenizer_hash(directory, self._source_files)
+        return replace(found, ids=replace(found.ids, tokenizer_sha256=sha256))
+
+    @property
+    def _source_files(self) -> dict[str, list[Path]]:
+        """Files that decide how a source is read, such as its chat template."""
+        directory = Path(self.config.tokenizer)
+        return {name: source.files(directory) for name, source in self.config.sources.items()}
 
     @cached_property
     def budget(self) -> Budget:
@@ -242,7 +252,7 @@ class Job:
             read_result=lambda shard: read_json(self._result_path(shard)),
             contract=self.contract,
             codec_settings=self.identity["codec_settings"],
-            tokenizer=Path(self.config.tokenizer),
+            tokenizer=kept_files(Path(self.config.tokenizer), self._source_files),
         )
 
     def _result_path(self, shard: str) -> Path:

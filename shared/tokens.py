@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Where a chat template lies if it is not in tokenizer_config.json; part of the tokenizer where they exist.
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+# Where a data set keeps the files that its sources' configs name beside them, such as a template: SOURCE/NAME.
+SOURCE_FILES = "source_files"
 
 Tokens = npt.NDArray[np.int32]
 
@@ -192,17 +194,31 @@ def _inner(tokenizer: Tokenizer) -> Tokenizer:
 
 def tokenizer_files(directory: Path) -> list[str]:
     """The files that make a tokenizer, relative to its directory: the two there must be, then chat templates."""
-    templates = [path for pattern in TEMPLATE_FILES for path in sorted(directory.glob(pattern))]
-    return [*TOKENIZER_FILES, *(str(path.relative_to(directory)) for path in templates)]
+    patterns = (*TEMPLATE_FILES, f"{SOURCE_FILES}/*/*")
+    others = [path for pattern in patterns for path in sorted(directory.glob(pattern))]
+    return [*TOKENIZER_FILES, *(str(path.relative_to(directory)) for path in others)]
 
 
-def tokenizer_hash(directory: Path) -> str:
-    """Of all its files, and of the names of those that may be there."""
-    names = tokenizer_files(directory)
+def kept_files(directory: Path, sources: Mapping[str, Sequence[Path]]) -> dict[str, Path]:
+    """Files by the names under which a data set keeps them: the tokenizer's, and those of each source.
+
+    They are in the order in which `tokenizer_files` finds them there.
+    """
+    files = {name: directory / name for name in tokenizer_files(directory)}
+    files |= {f"{SOURCE_FILES}/{source}/{path.name}": path for source, own in sources.items() for path in own}
+    return dict(sorted(files.items(), key=lambda file: _source_parts(file[0])))
+
+
+def _source_parts(name: str) -> tuple[str, ...]:
+    return PurePath(name).parts if name.startswith(f"{SOURCE_FILES}/") else ()
+
+
+def tokenizer_hash(directory: Path, sources: Mapping[str, Sequence[Path]] | None = None) -> str:
+    """Of all files that a data set keeps, and of the names of those that may be there."""
     return sha256(
         *(
-            (b"" if name in TOKENIZER_FILES else name.encode()) + (directory / name).read_bytes()
-            for name in names
+            (b"" if name in TOKENIZER_FILES else name.encode()) + path.read_bytes()
+            for name, path in kept_files(directory, sources or {}).items()
         )
     )
 

@@ -61,7 +61,8 @@ class SourceConfig:
             raise ValueError(f"max_reject_rate must lie in [0, 1], got {self.max_reject_rate}")
 
     def files(self, tokenizer: Path) -> list[Path]:
-        """Files beside `paths` that decide what is read; with another content the scan is made again."""
+        """Files beside `paths` that decide what is read: with another content the scan is made again, and the data set
+        is another one, which keeps them with its tokenizer."""
         return []
 
 

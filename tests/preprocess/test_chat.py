@@ -22,9 +22,10 @@ from preprocess.sources.base import SourceContext
 from preprocess.sources.chat import ChatConfig
 from preprocess.verify import verify_dataset
 from shared.config import load_config
+from shared.dataset import open_dataset
 from shared.errors import UserError
 from shared.files import read_json
-from shared.tokens import TokenNames, load_tokenizer
+from shared.tokens import TokenNames, load_tokenizer, reopen_tokenizer
 from tests.preprocess.chat_inputs import CHATML, GENERATION, STYLES, Style, chat_tokenizer, llava
 from tests.preprocess.inputs import GEOMETRY, png
 from tests.preprocess.reference import Reference
@@ -254,11 +255,24 @@ def test_another_template_is_another_data_set(tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "mine.jinja").write_text(CHATML)
     named = make_chat_config(tmp_path, path, template="mine.jinja")
     run_job(named)
+    kept = Path(named.output) / "tokenizer"
+    assert (kept / "source_files" / "chat" / "mine.jinja").read_text() == CHATML
+    dataset = open_dataset(named.output)
+    assert reopen_tokenizer(kept, dataset.tokens).ids == dataset.tokens
     with pytest.raises(UserError, match=r"holds a run with other settings"):
         run_job(config)
+    run_job(replace(config, output=str(tmp_path / "other")))
+    assert open_dataset(tmp_path / "other").fingerprint != dataset.fingerprint
     (tmp_path / "tokenizer" / "mine.jinja").write_text(CHATML.replace("You help", "You do not"))
     with pytest.raises(UserError, match=r"holds a run with other settings or inputs \(inputs\)"):
         run_job(named)
+    run_job(replace(named, on_change="rebuild"))
+    assert open_dataset(named.output).fingerprint != dataset.fingerprint
+    (kept / "source_files" / "chat" / "mine.jinja").write_text("another")
+    with pytest.raises(UserError, match="is not the one that the data set was made with"):
+        reopen_tokenizer(kept, open_dataset(named.output).tokens)
+    run_job(replace(config, on_change="rebuild"))
+    assert not list(kept.glob("source_files/*/*"))
 
 
 def test_a_template_file_goes_into_the_data_set_and_a_former_one_leaves_it(tmp_path: Path) -> None:

@@ -14,7 +14,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import UserError
-from shared.tokens import TextTokenizer, TokenNames, load_tokenizer, tokenizer_files, tokenizer_hash
+from shared.tokens import (
+    TextTokenizer,
+    TokenNames,
+    kept_files,
+    load_tokenizer,
+    tokenizer_files,
+    tokenizer_hash,
+)
 
 # The eleven special strings of both tokenizers, in id order.
 SPECIALS = [
@@ -128,6 +135,22 @@ def test_the_hash_covers_a_chat_template_and_which_file_it_is(directory: Path) -
         hashes.add(tokenizer_hash(directory))
         path.unlink()
     assert len(hashes) == 4
+
+
+def test_a_data_set_keeps_the_files_of_sources_and_hashes_them_as_it_finds_them(
+    directory: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    plain, sources = tokenizer_hash(directory), {"b": [template], "a-b": [], "a": [template]}
+    kept = tmp_path / "kept"
+    for name, path in kept_files(directory, sources).items():
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_bytes(path.read_bytes())
+    expected = ["tokenizer.json", "tokenizer_config.json"]
+    assert tokenizer_files(kept) == [*expected, "source_files/a/mine.jinja", "source_files/b/mine.jinja"]
+    assert tokenizer_hash(kept) == tokenizer_hash(directory, sources) != plain
+    assert tokenizer_hash(directory, {"a": []}) == plain
 
 
 def test_what_a_special_token_does_to_white_space_is_kept(directory: Path) -> None:
