@@ -192,7 +192,7 @@ def write_index(directory: Path, options: argparse.Namespace) -> list[IndexedUni
     begin = time.perf_counter()
     distinct = units[: options.distinct_files]
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        jobs = [(unit.source, unit.path, number, options.lengths) for number, unit in enumerate(distinct)]
+        jobs = [(unit.source, unit.path, number, options.lengths, GEOMETRY) for number, unit in enumerate(distinct)]
         list(pool.map(write_file, jobs))
     by_source = {name: [u.path for u in distinct if u.source == name] for name in ("captions", "documents")}
     for number, unit in enumerate(units[len(distinct) :]):
@@ -204,16 +204,16 @@ def write_index(directory: Path, options: argparse.Namespace) -> list[IndexedUni
     return units
 
 
-def write_file(job: tuple[str, Path, int, Path | None]) -> None:
-    source, path, seed, lengths = job
+def write_file(job: tuple[str, Path, int, Path | None, Geometry]) -> None:
+    source, path, seed, lengths, geometry = job
     text_n, image_offsets, sizes_i2 = table_of(source, seed, lengths)
     count = len(text_n)
     rng = np.random.default_rng([seed, 7])
-    grid_i2 = resize_grid(sizes_i2[:, 0].astype(np.int64), sizes_i2[:, 1].astype(np.int64), GEOMETRY)
+    grid_i2 = resize_grid(sizes_i2[:, 0].astype(np.int64), sizes_i2[:, 1].astype(np.int64), geometry)
     images = np.diff(image_offsets)
     # Every picture is followed by its share of the text.
     share_i = np.repeat(np.maximum(1, text_n // images), images)
-    segments = interleave(share_i, sizes_i2, grid_i2)
+    segments = interleave(share_i, sizes_i2, grid_i2, geometry.merge)
     struct = pa.StructArray.from_arrays(
         [pa.array(segments[field.name], field.type) for field in SEGMENT_TYPE], fields=list(SEGMENT_TYPE)
     )
@@ -240,7 +240,7 @@ def write_file(job: tuple[str, Path, int, Path | None]) -> None:
 
 
 def interleave(
-    text_i: npt.NDArray[Any], sizes_i2: npt.NDArray[Any], grid_i2: npt.NDArray[Any]
+    text_i: npt.NDArray[Any], sizes_i2: npt.NDArray[Any], grid_i2: npt.NDArray[Any], merge: int
 ) -> dict[str, Any]:
     """Fields of the segments picture, text, picture, text, .."""
     count = len(text_i)
@@ -257,7 +257,7 @@ def interleave(
         "file": pa.array(["/data/captions/000000.tar", ""]).take(pa.array((~is_image).astype(np.int32))),
         "offset": both(np.cumsum(size + 512), np.cumsum(text_i)),
         "size": both(size, 0),
-        "tokens": both(visual_tokens(1, grid_i2[:, 0], grid_i2[:, 1], GEOMETRY.merge) + 2, text_i),
+        "tokens": both(visual_tokens(1, grid_i2[:, 0], grid_i2[:, 1], merge) + 2, text_i),
         "height": both(sizes_i2[:, 0], 0),
         "width": both(sizes_i2[:, 1], 0),
         "t": both(1, 0),

@@ -9,23 +9,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from preprocess.config import PreprocessConfig
 from preprocess.download import download_dataset, open_anywhere
 from preprocess.inspect import describe_pack, find_sample, pack_record
+from preprocess.report.budget import budget_lines
 from preprocess.report.stats import print_report
 from preprocess.verify import verify_dataset
 from shared.config import load_config
 from shared.dataset import DataSet
 from shared.errors import UserError, closest
-from shared.files import existing, read_json
+from shared.files import read_json
 from shared.remote import StoreError, as_path, is_remote
-
-if TYPE_CHECKING:
-    from preprocess.job import Job
 
 # What a command needs beyond this is imported by it: reading a report takes no torch, no Ray and no tokenizer.
 
@@ -33,7 +30,8 @@ USAGE = """usage: python -m preprocess COMMAND ...
 
   run    CONFIG.toml [--key value ...]   scan, plan, pack, report; goes on where it was stopped
   scan   CONFIG.toml [--key value ...]   headers and token counts -> index/
-  plan   CONFIG.toml [--key value ...]   index -> plan/
+  plan   CONFIG.toml [--key value ...]   index -> plan/ (--explain: why this budget; --what-if: what N and L would fill,
+                                         nothing is written)
   pack   CONFIG.toml [--key value ...]   plan -> shards/, dataset.json
   report DATASET                         the statistics of a finished data set
   verify DATASET                         prove every pack of a finished data set
@@ -130,13 +128,20 @@ def _scan(words: list[str], as_json: bool) -> int:
 
 
 def _plan(words: list[str], as_json: bool) -> int:
-    from preprocess.job import open_executor, open_job
+    from preprocess.job import Job, open_executor, open_job
 
-    config = _config(words)
+    flags = {flag for flag in ("--explain", "--what-if") if flag in words}
+    config = _config([word for word in words if word not in flags])
+    if "--what-if" in flags:
+        record = Job(config).what_if().record
+        print(json.dumps(record) if as_json else "\n".join(budget_lines(record, explain=True)))
+        return 0
     with open_job(config) as job:
-        _require_index(job)
+        job.require_index()
         with open_executor(config) as executor:
             plan = job.plan(executor)
+        if "--explain" in flags and not as_json:
+            print("\n".join(budget_lines(job.budget_choice(), explain=True)), end="\n\n")
     windows = [window["packs"] for window in plan["windows"]]  # of each, the packs of its shards
     shards, packs = sum(map(len, windows)), sum(map(sum, windows))
     _say({"plan": f"{config.output}/plan", "shards": shards, "packs": packs}, as_json)
@@ -148,20 +153,12 @@ def _pack(words: list[str], as_json: bool) -> int:
 
     config = _config(words)
     with open_job(config) as job:
-        _require_index(job)
+        job.require_index()
         with open_executor(config) as executor:
             job.pack(executor)
         stats = job.finish()
     _say({"dataset": config.output, "fill": stats["fill"]}, as_json)
     return 0
-
-
-def _require_index(job: Job) -> None:
-    missing = len(job.units) - len(existing(unit.path for unit in job.units))
-    if missing:
-        raise UserError(
-            f"{job.output}: {missing} of {len(job.units)} inputs are not scanned; run `scan` first"
-        )
 
 
 def _report(words: list[str], as_json: bool) -> int:

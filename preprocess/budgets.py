@@ -31,8 +31,13 @@ class BudgetConfig:
     L: int | Auto
     # N is a multiple of this, the number of ranks that share the rows of a pack (context times tensor parallel).
     rows_multiple: int = 1
+    # What is chosen fills vision rows to this share, if anything does: a patch costs few FLOPs beside a token, but as
+    # much bandwidth and a third of its memory.
+    least_vision: float = 0.9
 
     def __post_init__(self) -> None:
+        if not 0 <= self.least_vision <= 1:
+            raise ValueError(f"least_vision must lie in [0, 1], got {self.least_vision}")
         given = [name for name in "SNL" if getattr(self, name) != AUTO]
         require_at_least(self, 1, "rows_multiple", *given)
         if self.N != AUTO and self.N % self.rows_multiple:

@@ -27,6 +27,8 @@ from shared.files import canonical_json, exists, has_files, read_json, remove, r
 from shared.schema import FORMAT_VERSION
 
 IDENTITY = "identity.json"
+# The command that writes each.
+STEPS = {"index": "scan", "plan": "plan"}
 # Settings of the geometry that decide pixels, and no size.
 PIXELS = ("filter", "mean", "std")
 
@@ -133,6 +135,18 @@ def claim(
         for name in stale:
             remove_tree(output / name)
     write_json(output / step / IDENTITY, identity)
+
+
+def require_same(output: Path, step: str, identity: dict[str, Any]) -> None:
+    """For what reads the work of a step and claims nothing.
+
+    Raises:
+        UserError: it is of other settings or inputs; names the first that differs.
+    """
+    if changed := _changed(output / step, identity, [output / step]):
+        raise UserError(
+            f"{output / step}: is of other settings or inputs ({changed}); run `{STEPS[step]}` again"
+        )
 
 
 def _changed(directory: Path, identity: dict[str, Any], stale: Sequence[Path]) -> str:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.account import scan_counts
+from preprocess.budgets import AUTO
 from preprocess.config import PreprocessConfig
 from preprocess.executor import Executor, SerialExecutor
 from preprocess.faults import Limits
 from preprocess.finish import check_scan, finish
-from preprocess.identity import claim, plan_identity, scan_identity, short_hash
+from preprocess.identity import claim, plan_identity, require_same, scan_identity, short_hash
 from preprocess.index import IndexedUnit, check_stores
 from preprocess.pack import PackTask, pack_shard
 from preprocess.plan import (
@@ -89,14 +90,43 @@ class Job:
         """Given, or chosen by the lengths that the scan found and kept for good before anything is planned."""
         if (fixed := self.config.budget.fixed) is not None:
             return fixed
+        return Budget(**self.budget_choice()["budget"])
+
+    def budget_choice(self) -> dict[str, Any]:
+        """What plan/budget.json holds, measured if need be.
+
+        Raises:
+            UserError: the config leaves nothing to choose, or something is not scanned.
+        """
+        if self.config.budget.fixed is not None:
+            raise UserError(
+                'budget: S, N and L are given, nothing was chosen; --what-if shows other N and L, "auto" takes them'
+            )
         path = self.output / "plan" / BUDGET_CHOICE
         if not exists(path):
-            write_json(path, self.choose_budget().record)
-        return Budget(**read_json(path)["budget"])
+            self.require_index()
+            write_json(path, choose_budget(self.units, self.config, self.tokenizer.ids).record)
+        return read_json(path)
 
-    def choose_budget(self) -> Choice:
-        """Measure what the config leaves open; needs the index of every unit."""
-        return choose_budget(self.units, self.config, self.tokenizer.ids)
+    def what_if(self) -> Choice:
+        """What N and L would be chosen, and what the config's own do; reads the index and writes nothing.
+
+        Raises:
+            UserError: something is not scanned, or with other settings.
+        """
+        require_same(self.output, "index", self.identity["scan"])
+        self.require_index()
+        config = self.config
+        free = replace(config, budget=replace(config.budget, N=AUTO, L=AUTO))
+        return choose_budget(self.units, free, self.tokenizer.ids, beside=config.budget.fixed)
+
+    def require_index(self) -> None:
+        """Raises UserError: an input is not scanned."""
+        missing = len(self.units) - len(existing(unit.path for unit in self.units))
+        if missing:
+            raise UserError(
+                f"{self.output}: {missing} of {len(self.units)} inputs are not scanned; run `scan` first"
+            )
 
     @cached_property
     def contract(self) -> dict[str, Any]:

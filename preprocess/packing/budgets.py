@@ -53,7 +53,8 @@ Measure = Callable[[Budget, bool], BudgetPoint]
 class Search:
     """What may be chosen. `N`, `L`: given, or None. `demand`: patches that come along with S tokens.
 
-    A row holds `least_row` patches at least; a pack of `rows_multiple` such rows holds no more than `most`.
+    A row holds `least_row` patches at least; a pack of `rows_multiple` such rows holds no more than `most`. Rows should
+    be filled to `least_vision`: FLOPs alone would buy the last tokens with rows that are a quarter empty.
     """
 
     S: int
@@ -64,6 +65,7 @@ class Search:
     least_row: int
     most: int
     merge: int
+    least_vision: float
 
     def rows(self) -> list[int]:
         """N to try: those whose rows hold every image without leaving the demand far behind."""
@@ -104,21 +106,27 @@ def search_budget(search: Search, measure: Measure) -> tuple[BudgetPoint, list[B
     for rows in search.rows():
         own = [measure(budget, False) for budget in search.budgets(rows, COARSE)]
         points |= {point.budget: point for point in own}
-        leaders.append(best_of(own))
-    leaders.sort(key=lambda point: point.waste)
+        leaders.append(best_of(own, search.least_vision))
+    leaders.sort(key=lambda point: (point.vision < search.least_vision, point.waste))
     finals: list[BudgetPoint] = []
     for leader in leaders[:REFINED_ROWS]:
         rows, length = leader.budget.N, leader.budget.L
         near = {leader.budget, *search.budgets(rows, [1 + step for step in FINE], rows * length)}
         finals += [measure(budget, True) for budget in sorted(near, key=_rows_then_length)]
     points |= {point.budget: point for point in finals}
-    return best_of(finals), [points[budget] for budget in sorted(points, key=_rows_then_length)]
+    return best_of(finals, search.least_vision), [
+        points[budget] for budget in sorted(points, key=_rows_then_length)
+    ]
 
 
-def best_of(points: Sequence[BudgetPoint]) -> BudgetPoint:
-    """The point that wastes least; of those that waste about as little, the one of fewest rows, then patches."""
-    least = min(point.waste for point in points)
-    near = [point for point in points if point.waste <= least + DRAW]
+def best_of(points: Sequence[BudgetPoint], least_vision: float) -> BudgetPoint:
+    """The point that wastes least of those whose rows are full enough, of all where none is.
+
+    Of those that waste about as little, the one of fewest rows, then patches.
+    """
+    full = [point for point in points if point.vision >= least_vision] or points
+    least = min(point.waste for point in full)
+    near = [point for point in full if point.waste <= least + DRAW]
     return min(near, key=lambda point: (point.budget.N, point.budget.N * point.budget.L))
 
 

@@ -46,8 +46,12 @@ class Choice:
     record: dict[str, Any]
 
 
-def choose_budget(units: Sequence[IndexedUnit], config: PreprocessConfig, ids: TokenIds) -> Choice:
+def choose_budget(
+    units: Sequence[IndexedUnit], config: PreprocessConfig, ids: TokenIds, beside: Budget | None = None
+) -> Choice:
     """Measure and choose what the config leaves open of S, N and L. The same index and config give the same budget.
+
+    `beside` is measured too, for comparison.
 
     Raises:
         UserError: the index is damaged, holds nothing, or no budget fits the memory.
@@ -55,20 +59,24 @@ def choose_budget(units: Sequence[IndexedUnit], config: PreprocessConfig, ids: T
     samples, names = draw_samples(units, config, ids)
     if not len(samples):
         raise UserError(
-            f"{config.output}: the index holds no sample to choose a budget by; check the rejects"
+            f"{config.output}: the index holds no sample to choose a budget by; see the rejects there"
         )
     few = _subset(samples, SMALL, config.seed)
     tokens = int(sample_tokens(samples.segments, ids).sum())
     patches = int(sample_images(samples.segments)[1].sum())
     search = _search(config, tokens, patches)
-    best, curve = search_budget(
-        search, lambda budget, large: measure(samples if large else few, names, budget, config, ids)
-    )
+
+    def packed(budget: Budget, large: bool) -> BudgetPoint:
+        return measure(samples if large else few, names, budget, config, ids)
+
+    best, curve = search_budget(search, packed)
     record = {
         "budget": asdict(best.budget),
         "chosen": describe(best),
+        "beside": describe(packed(beside, True)) if beside is not None else None,
         "samples": len(samples),
         "demand": round(search.demand, 1),
+        "least_vision": search.least_vision,
         "memory_bytes": pack_memory(best.budget, config.memory, config.cost)
         if config.memory.gpu_bytes
         else None,
@@ -101,6 +109,7 @@ def _search(config: PreprocessConfig, tokens: int, patches: int) -> Search:
         least_row=least,
         most=most,
         merge=config.geometry.merge,
+        least_vision=asked.least_vision,
     )
 
 
@@ -141,8 +150,7 @@ def draw_samples(
     chosen = [
         _choose(segments, round(count), rng) for segments, count in zip(drawn, wanted.tolist(), strict=True)
     ]
-    segments = pa.concat_arrays([pa.array([], SEGMENTS_TYPE), *chosen])
-    return _as_samples(segments, np.repeat(np.arange(len(names)), [len(own) for own in chosen])), names
+    return as_samples(list(enumerate(chosen))), names
 
 
 def _draw_blocks(
@@ -175,15 +183,22 @@ def _choose(segments: pa.ListArray, count: int, rng: np.random.Generator) -> pa.
     return segments.take(pa.array(order.astype(np.int64)))
 
 
-def _as_samples(segments: pa.ListArray, unit_n: npt.NDArray[Any]) -> Samples:
-    count = len(segments)
-    zeros = np.zeros(count, np.int32)
-    return Samples(pa.nulls(count, pa.string()), segments, unit_n.astype(np.int32), zeros, zeros)
+def as_samples(arrays: Sequence[tuple[int, pa.ListArray]]) -> Samples:
+    """Samples without keys, from segments and the number of the unit that they are of."""
+    segments = pa.concat_arrays([pa.array([], SEGMENTS_TYPE), *(array for _, array in arrays)])
+    units = np.array([unit for unit, _ in arrays], np.int32)
+    unit_n = np.repeat(units, [len(array) for _, array in arrays])
+    zeros = np.zeros(len(segments), np.int32)
+    return Samples(pa.nulls(len(segments), pa.string()), segments, unit_n, zeros, zeros)
 
 
 def _subset(samples: Samples, count: int, seed: int) -> Samples:
     order = np.random.default_rng([seed, 2]).permutation(len(samples))[:count]
-    return _as_samples(samples.segments.take(pa.array(order)), samples.unit_n[order])
+    zeros = np.zeros(len(order), np.int32)
+    chosen = pa.array(order)
+    return Samples(
+        samples.key.take(chosen), samples.segments.take(chosen), samples.unit_n[order], zeros, zeros
+    )
 
 
 def measure(
