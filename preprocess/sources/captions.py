@@ -13,7 +13,7 @@ from typing import Literal
 from preprocess.samples import RawSample, Reject
 from preprocess.sources.base import SourceConfig, SourceContext
 from preprocess.sources.pictures import picture, picture_root, video
-from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
+from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompts, fill_prompt, prompt_of
 from preprocess.sources.records import Value, keyed_records
 from preprocess.sources.saved import expand_tables
 
@@ -33,11 +33,13 @@ class CaptionsConfig(SourceConfig):
     image_root: str = ""
     # What a sample looks like, {image} and {caption} once each; its own words are learned only if told so.
     prompt: str = IMAGE_THEN_CAPTION
+    # Instead of `prompt`: each sample has one of these, by a hash of its key.
+    prompts: tuple[str, ...] = ()
     learn_prompt: bool = False
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
-        check_prompt(self.prompt)
+        check_prompts(self.prompt, self.prompts)
         for name in ("image", "caption"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; name the column")
@@ -70,5 +72,6 @@ class Captions:
             return Reject(self._name, key, "caption_empty", f"{len(caption)} characters of white space")
         named = value.get(config.video or config.image)
         image = video(named, root) if config.video else picture(named, root)
-        segments = fill_prompt(config.prompt, image, caption.strip(), learn_prompt=config.learn_prompt)
+        prompt = prompt_of(key, config.prompt, config.prompts)
+        segments = fill_prompt(prompt, image, caption.strip(), learn_prompt=config.learn_prompt)
         return RawSample(key, segments)

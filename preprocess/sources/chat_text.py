@@ -51,7 +51,7 @@ def chat_texts(
     # A text whose begin of text was the template's own is tokenized as what follows it.
     begun = bool(removed) and removed[0][0] == 0
     texts = _cut(text, list(map(moved, learned)), list(map(moved, rendering.special)), begun)
-    return texts, [number for _, turn in rendering.contents for number in turns[turn].pictures]
+    return texts, [number for _, turn in rendering.contents for number in turns[turn].media]
 
 
 def _answers(rendering: Rendering, turns: Sequence[Turn], first: int, bos: str | None) -> list[Span]:

@@ -14,12 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from preprocess.samples import OVER_MAX_IMAGES, Missing, RawSample, Reject, Segment, Text
+from preprocess.samples import RawSample, Reject, Segment, Text
 from preprocess.sources.base import SourceConfig, SourceContext
-from preprocess.sources.pictures import picture, picture_root
+from preprocess.sources.pictures import check_max_images, over_max_images, picture, picture_root
 from preprocess.sources.records import Value, keyed_records
 from preprocess.sources.saved import expand_tables
-from shared.config import require_at_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +41,7 @@ class InterleavedConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
-        require_at_least(self, 0, "max_images_per_document")
-        if self.max_images_per_document and self.bad_media == "reject":
-            raise ValueError('max_images_per_document drops pictures: it needs bad_media = "drop"')
+        check_max_images(self.max_images_per_document, self.bad_media)
 
 
 class MalformedError(ValueError):
@@ -91,8 +88,9 @@ class Interleaved:
         seen = 0
         for text, image in zip(texts, images, strict=True):
             if image is not None:
+                limit = self._config.max_images_per_document
+                segments.append(over_max_images(seen, limit) or picture(image, root))
                 seen += 1
-                segments.append(self._picture(image, seen, root))
             if text is not None and not isinstance(text, str):
                 raise MalformedError("text_malformed", f"expected text or null, got {type(text).__name__}")
             if text and not text.isspace():
@@ -102,12 +100,6 @@ class Interleaved:
                 "document_empty", f"{len(texts)} texts and images, none of which holds anything"
             )
         return tuple(segments)
-
-    def _picture(self, image: Any, number: int, root: str) -> Segment:
-        limit = self._config.max_images_per_document
-        if limit and number > limit:
-            return Missing(OVER_MAX_IMAGES, f"image {number}, limit {limit}")
-        return picture(image, root)
 
     @staticmethod
     def _list(value: Value, column: str) -> list[Any] | None:

@@ -21,13 +21,37 @@ from dataclasses import replace
 from typing import Any, cast
 
 from preprocess.inputs import Span
-from preprocess.samples import IMAGE, VIDEO, Media, Missing, Place
+from preprocess.samples import IMAGE, OVER_MAX_IMAGES, VIDEO, Media, Missing, Place
 from shared import remote
 from shared.remote import is_remote
 
 # A name in a directory has at most 255 characters, and that of a picture a dot, which base64 has not.
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
+# What says it in an object, in this order.
+NAMED_BY = ("bytes", "path", "url")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_address(text: str) -> bool:
+    """Whether text is the address of something on the web."""
+    return text[:7].lower() in ("http://", "https:/")
+
+
+def check_max_images(limit: int, bad_media: str) -> None:
+    """Of a source whose config has `max_images_per_document`.
+
+    Raises:
+        ValueError: it means nothing.
+    """
+    if limit < 0:
+        raise ValueError(f"max_images_per_document must be at least 0, got {limit}")
+    if limit and bad_media == "reject":
+        raise ValueError('max_images_per_document drops pictures: it needs bad_media = "drop"')
+
+
+def over_max_images(place: int, limit: int) -> Missing | None:
+    """What stands for picture `place` of a document, counted from 0, if that is beyond `max_images_per_document`."""
+    return Missing(OVER_MAX_IMAGES, f"image {place + 1}, limit {limit}") if 0 < limit <= place else None
 
 
 def picture_root(unit: str, image_root: str) -> str:
@@ -42,9 +66,7 @@ def picture(value: Any, root: str) -> Media | Missing:
     """
     if isinstance(value, dict):
         fields = cast(dict[str, Any], value)
-        found = next(
-            (fields[name] for name in ("bytes", "path", "url") if fields.get(name) is not None), None
-        )
+        found = next((fields[name] for name in NAMED_BY if fields.get(name) is not None), None)
         return _malformed(found) if isinstance(found, dict) else picture(found, root)
     if value is None or value == "":
         return Missing("image_missing", "null or empty")
@@ -71,10 +93,9 @@ def _named(text: str, root: str) -> Media | Missing:
         if not comma or not head.lower().endswith(";base64"):
             return Missing("image_malformed", f"a data: URL without base64: {head[:60]!r}")
         return _decoded(data)
-    if text[:7].lower() in ("http://", "https:/"):
+    if is_address(text):
         return Missing(
-            "image_not_fetched",
-            f"{text[:200]}: `python -m preprocess fetch` stores pictures of tables and documents",
+            "image_not_fetched", f"{text[:200]}: `python -m preprocess fetch` stores pictures, no videos"
         )
     if _BASE64.fullmatch(text):
         return _decoded(text)

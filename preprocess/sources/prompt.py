@@ -2,20 +2,35 @@
 
 "{image}{caption}"                           the picture, then its caption
 "Describe the picture.\\n{image}\\n{caption}"  a prompt before the picture, a line break behind it
+
+A source with several takes one by a hash of the sample's key, so that nothing is learned of one wording alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import xxhash
 
 from preprocess.samples import Media, Missing, Segment, Text
 
 IMAGE_THEN_CAPTION = "{image}{caption}"
 
 
-def check_prompt(prompt: str) -> None:
-    """Raises: ValueError: picture or caption have no place in it, or several."""
-    for mark in ("{image}", "{caption}"):
-        if prompt.count(mark) != 1:
-            raise ValueError(f"prompt must hold {mark} once, got {prompt!r}")
+def check_prompts(prompt: str, prompts: Sequence[str]) -> None:
+    """Raises: ValueError: picture or caption have no place in one, or several; or both settings are set."""
+    for text in (prompt, *prompts):
+        for mark in ("{image}", "{caption}"):
+            if text.count(mark) != 1:
+                raise ValueError(f"prompt must hold {mark} once, got {text!r}")
+    if prompts and prompt != IMAGE_THEN_CAPTION:
+        raise ValueError(f"prompt {prompt!r} and prompts are two answers to one question; set one")
+
+
+def prompt_of(key: str, prompt: str, prompts: Sequence[str]) -> str:
+    """The prompt of the sample `key`: `prompt`, or one of several."""
+    # With a seed of its own: the hash without one says which samples are for validation.
+    return prompts[xxhash.xxh3_64_intdigest(key.encode(), seed=1) % len(prompts)] if prompts else prompt
 
 
 def fill_prompt(

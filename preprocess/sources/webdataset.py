@@ -21,7 +21,7 @@ from preprocess.faults import NO_ITEM, begin
 from preprocess.inputs import Local, Span, expand_paths, local_copy, read_range
 from preprocess.samples import IMAGE, VIDEO, Media, Missing, Place, RawSample, Reject
 from preprocess.sources.base import SourceConfig, SourceContext
-from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompt, fill_prompt
+from preprocess.sources.prompt import IMAGE_THEN_CAPTION, check_prompts, fill_prompt, prompt_of
 from preprocess.sources.tars import (
     WINDOW_KEYS,
     Group,
@@ -50,13 +50,15 @@ class WebDatasetConfig(SourceConfig):
     caption: str = "txt"
     # What a sample looks like, {image} (picture or video) and {caption} once each; other words are learned if told so.
     prompt: str = IMAGE_THEN_CAPTION
+    # Instead of `prompt`: each sample has one of these, by a hash of its key.
+    prompts: tuple[str, ...] = ()
     learn_prompt: bool = False
     # A caption longer than a pack is no caption, and cut off from its picture it teaches nothing: too_long stays
     # "reject" unless the captions are documents.
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
-        check_prompt(self.prompt)
+        check_prompts(self.prompt, self.prompts)
         if self.caption != "txt" and not (self.caption.startswith("json:") and len(self.caption) > 5):
             raise ValueError(f'caption must be "txt" or "json:FIELD", got {self.caption!r}')
 
@@ -70,7 +72,7 @@ class WebDataset:
             **dict.fromkeys(IMAGE_EXTENSIONS, context.max_media_bytes),
             **dict.fromkeys(VIDEO_EXTENSIONS, context.max_video_bytes),
         }
-        self._prompt, self._learn_prompt = config.prompt, config.learn_prompt
+        self._prompt, self._prompts, self._learn_prompt = config.prompt, config.prompts, config.learn_prompt
         self._field = config.caption.partition(":")[2]
         self._caption = "json" if self._field else "txt"
 
@@ -131,7 +133,8 @@ class WebDataset:
         if not text.strip():
             return self._reject(group.key, "caption_empty", f"{caption.size} bytes of white space")
         picture = self._media(unit, file, *images[0])
-        segments = fill_prompt(self._prompt, picture, text, learn_prompt=self._learn_prompt)
+        prompt = prompt_of(group.key, self._prompt, self._prompts)
+        segments = fill_prompt(prompt, picture, text, learn_prompt=self._learn_prompt)
         return RawSample(group.key, segments)
 
     def _media(self, unit: str, file: Local | None, extension: str, member: Member) -> Media | Missing:

@@ -14,7 +14,7 @@ import pytest
 
 from preprocess.__main__ import main
 from preprocess.budgets import BudgetConfig
-from preprocess.config import PlanConfig, PreprocessConfig
+from preprocess.config import PlanConfig, PreprocessConfig, VideoConfig
 from preprocess.job import run_job
 from preprocess.samples import Media, Missing, RawSample, Reject, Text
 from preprocess.sources import open_source
@@ -26,9 +26,10 @@ from shared.dataset import open_dataset
 from shared.errors import UserError
 from shared.files import read_json
 from shared.tokens import TokenNames, load_tokenizer, reopen_tokenizer
-from tests.preprocess.chat_inputs import CHATML, GENERATION, STYLES, Style, chat_tokenizer, llava
+from tests.preprocess.chat_inputs import CHATML, GENERATION, STYLES, Style, chat_tokenizer, llava, messages
 from tests.preprocess.inputs import GEOMETRY, png
 from tests.preprocess.reference import Reference
+from tests.preprocess.videos import encode_video, frame_numbers, greys
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "preprocess" / "chat.toml"
 
@@ -177,6 +178,8 @@ def test_a_tokenizer_without_a_template_is_one_line(tmp_path: Path) -> None:
 def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="date must be YYYY-MM-DD, got '2024-13-01'"):
         ChatConfig(paths=("a",), date="2024-13-01")
+    with pytest.raises(ValueError, match="image_marker and video_marker are both '<image>'; change one"):
+        ChatConfig(paths=("a",), video_marker="<image>")
     sources = load_config(PreprocessConfig, CONFIG).sources
     assert isinstance(sources["chat"], ChatConfig) and sources["chat"].too_long == "reject"
 
@@ -247,6 +250,64 @@ def test_a_part_of_a_users_words_alone_is_a_counted_reject_and_no_loss(tmp_path:
         (f"a.json#{number}", 0, "no_labels") for number in range(20)
     }
     assert verify_dataset(Path(config.output))[1] == []
+
+
+def test_videos_by_path_and_bytes_are_packed_frame_by_frame_under_the_budgets(tmp_path: Path) -> None:
+    # Two seconds of eight frames; two frames a second: the frames at the middles of four quarters.
+    clip = encode_video(greys(8, 16, 16), rate=4)
+    (tmp_path / "v.mp4").write_bytes(clip)
+    records = [
+        llava("<image>\nWhat?", "Grey.", video="v.mp4"),
+        llava("<video>\n<image>?", "Both.", video="v.mp4", image="a.png"),
+        llava("<video>", "Gone.", video="absent.mp4"),
+        llava("<video>", "No.", video="a.png"),
+        llava("<video>", "Far.", video="https://example.org/v.mp4"),
+    ]
+    (tmp_path / "a.png").write_bytes(png(8, 8))
+    table = {
+        "messages": [messages("<video> ?", "Bytes.")],
+        "videos": [[{"bytes": clip, "path": None}]],
+    }
+    pq.write_table(pa.table(table), tmp_path / "b.parquet")
+    write_json(tmp_path / "a.json", *records)
+    config = make_chat_config(tmp_path, tmp_path / "a.json")
+    source = replace(config.sources["chat"], paths=(str(tmp_path / "a.json"), str(tmp_path / "b.parquet")))
+    video = VideoConfig(fps=2, min_frames=2, max_frames=4)
+    config = replace(config, sources={"chat": source}, video=video)
+    account = run_job(config)["account"]["chat"]
+    assert account["packed"] == 3
+    # A picture is no video.
+    assert account["rejected"] == {"video_missing": 1, "video_not_fetched": 1, "video_unreadable": 1}
+    dataset = open_dataset(config.output)
+    assert verify_dataset(dataset.path)[1] == []
+    grids: list[tuple[int, ...]] = []
+    for split in dataset.splits:
+        for number in range(dataset.num_packs(split)):
+            pack = dataset.pack(split, number)
+            for place, entry in enumerate(pack.images):
+                grids.append(tuple(int(entry[name]) for name in ("t", "h", "w")))
+                patches = pack.read_image(place).reshape(entry["t"], -1)
+                if entry["t"] > 1:
+                    # Of 16 patches of 4 x 4 pixels that a video may have, each of 4 frames has 2 x 2.
+                    assert frame_numbers(patches) == [1, 3, 5, 7]
+    assert sorted(grids) == [(1, 2, 2), (4, 2, 2), (4, 2, 2), (4, 2, 2)]
+
+
+def test_pictures_beyond_a_cap_are_dropped_and_counted(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(8, 8))
+    record = llava("<image> <image>", "Two.", "<image>", "Three.", image=["a.png"] * 3)
+    path = write_json(tmp_path / "a.json", record)
+    (entry,) = scan(path, tokenizer, max_images_per_document=2, bad_media="drop")
+    assert isinstance(entry, RawSample)
+    assert [s.detail for s in entry.segments if isinstance(s, Missing)] == ["image 3, limit 2"]
+    assert kinds(entry) == "TMTMT?T"
+    account = run_job(make_chat_config(tmp_path, path, max_images_per_document=2, bad_media="drop"))[
+        "account"
+    ]
+    assert account["chat"]["packed"] == 1 and account["chat"]["media_dropped"] == {"over_max_images": 1}
+    for settings in ({"max_images_per_document": 1}, {"max_images_per_document": -1, "bad_media": "drop"}):
+        with pytest.raises(ValueError, match="max_images_per_document"):
+            ChatConfig(paths=("a",), **settings)
 
 
 def test_another_template_is_another_data_set(tmp_path: Path) -> None:

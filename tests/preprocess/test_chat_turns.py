@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from preprocess.samples import IMAGE, VIDEO
 from preprocess.sources.chat_template import PICTURE
-from preprocess.sources.chat_turns import ChatError, Conversation, read_conversation
+from preprocess.sources.chat_turns import ChatError, Conversation, Habits, Named, read_conversation
 from tests.preprocess.chat_inputs import llava, messages
 
 
@@ -17,7 +18,7 @@ def said(conversation: Conversation) -> list[tuple[str, str]]:
 
 def refusal(record: dict[str, Any], **settings: Any) -> tuple[str, str]:
     with pytest.raises(ChatError) as caught:
-        read_conversation(record, **settings)
+        read_conversation(record, Habits(**settings))
     return caught.value.reason, str(caught.value)
 
 
@@ -26,12 +27,14 @@ def refusal(record: dict[str, Any], **settings: Any) -> tuple[str, str]:
 
 def test_llava_records_name_one_picture_or_a_list() -> None:
     one = read_conversation(llava("<image>\nWhat?", "A cat.", image="a.jpg"))
-    assert said(one) == [("user", "P\nWhat?"), ("assistant", "A cat.")] and one.pictures == ["a.jpg"]
+    assert said(one) == [("user", "P\nWhat?"), ("assistant", "A cat.")] and one.media == [
+        Named(IMAGE, "a.jpg")
+    ]
     two = read_conversation(
         llava("<image><image> Both?", "Yes.", "And <image>?", "No.", image=["a", "b", "c"])
     )
     assert said(two)[::2] == [("user", "PP Both?"), ("user", "And P?")]
-    assert [turn.pictures for turn in two.turns] == [(0, 1), (), (2,), ()]
+    assert [turn.media for turn in two.turns] == [(0, 1), (), (2,), ()]
 
 
 def test_sharegpt_records_have_more_roles_and_a_system_beside_the_turns() -> None:
@@ -57,7 +60,7 @@ def test_openai_messages_hold_parts_with_pictures_of_their_own() -> None:
     conversation = read_conversation({"messages": [*messages("Hi", "Yes."), asked, answered]})
     # A marker in a part is text: parts say themselves where pictures are.
     assert said(conversation)[2:] == [("user", "See <image>: PPand so on"), ("assistant", "No.")]
-    assert conversation.pictures == [url, {"bytes": b"x", "path": None}]
+    assert conversation.media == [Named(IMAGE, url), Named(IMAGE, {"bytes": b"x", "path": None})]
 
 
 def test_pictures_of_a_separate_column_go_to_the_parts_in_order_or_by_index() -> None:
@@ -68,13 +71,49 @@ def test_pictures_of_a_separate_column_go_to_the_parts_in_order_or_by_index() ->
         return [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
 
     in_order = read_conversation({"messages": turns({}, {"image": b"own"}, {}), "images": [b"0", b"1"]})
-    assert in_order.turns[0].pictures == (0, 2, 1) and in_order.pictures == [b"0", b"1", b"own"]
+    assert in_order.turns[0].media == (0, 2, 1) and [named.value for named in in_order.media] == [
+        b"0",
+        b"1",
+        b"own",
+    ]
     by_index = read_conversation({"messages": turns({"index": 1}, {"index": 0}), "images": [b"0", b"1"]})
-    assert by_index.turns[0].pictures == (1, 0)
+    assert by_index.turns[0].media == (1, 0)
     assert (
         refusal({"messages": turns({"index": 0}, {"index": 0}), "images": [b"0", b"1"]})[0]
         == "image_count_differs"
     )
+
+
+def test_videos_have_a_marker_a_field_and_parts_of_their_own() -> None:
+    both = read_conversation(llava("<video> and <image>?", "Yes.", image="a", video="v"))
+    assert said(both)[0] == ("user", "P and P?") and both.turns[0].media == (1, 0)
+    assert both.media == [Named(IMAGE, "a"), Named(VIDEO, "v")]
+    # By index, of its own, and the next one of the record's.
+    parts = [
+        {"type": "video", "index": 1},
+        {"type": "video_url", "video_url": {"url": "own"}},
+        {"type": "video"},
+    ]
+    asked = {"role": "user", "content": [*parts, {"type": "image"}]}
+    turns = [asked, {"role": "assistant", "content": "No."}]
+    in_parts = read_conversation({"messages": turns, "videos": ["v", "w"], "image": "a"})
+    assert [(named.kind, named.value) for named in in_parts.media] == [
+        (IMAGE, "a"),
+        (VIDEO, "v"),
+        (VIDEO, "w"),
+        (VIDEO, {"url": "own"}),
+    ]
+    assert in_parts.turns[0].media == (2, 3, 1, 0)
+
+
+def test_where_a_record_names_videos_alone_the_marker_of_pictures_is_theirs() -> None:
+    conversation = read_conversation(llava("<image>\nWhat?", "A cat.", video="v"))
+    assert conversation.media == [Named(VIDEO, "v")] and conversation.turns[0].media == (0,)
+    assert refusal(llava("<image><video>", "Yes.", video="v")) == (
+        "video_count_differs",
+        "1 videos, 2 places for them in the turns",
+    )
+    assert said(read_conversation(llava("<video>", "a"), Habits(video_marker="")))[0] == ("user", "<video>")
 
 
 def test_tools_come_as_objects_or_as_json() -> None:
@@ -87,15 +126,15 @@ def test_tools_come_as_objects_or_as_json() -> None:
 
 def test_another_marker_or_none_may_stand_for_pictures() -> None:
     record = llava("<img> <image>", "a", image="x")
-    assert said(read_conversation(record, marker="<img>"))[0] == ("user", "P <image>")
-    assert said(read_conversation(llava("<image>", "a"), marker=""))[0] == ("user", "<image>")
+    assert said(read_conversation(record, Habits(image_marker="<img>")))[0] == ("user", "P <image>")
+    assert said(read_conversation(llava("<image>", "a"), Habits(image_marker="")))[0] == ("user", "<image>")
 
 
 def test_pictures_without_a_place_come_first_if_that_is_wanted() -> None:
     record = llava("What?", "A cat.", image=["a", "b"], system="Be brief.")
     expected = [("system", "Be brief."), ("user", "P\nP\nWhat?"), ("assistant", "A cat.")]
-    conversation = read_conversation(record, unmarked_images="first")
-    assert said(conversation) == expected and conversation.turns[1].pictures == (0, 1)
+    conversation = read_conversation(record, Habits(unmarked_images="first"))
+    assert said(conversation) == expected and conversation.turns[1].media == (0, 1)
     # Where some have a place, all must.
     half = llava("<image> What?", "A cat.", image=["a", "b"])
     assert refusal(half, unmarked_images="first")[0] == "image_count_differs"
@@ -103,7 +142,7 @@ def test_pictures_without_a_place_come_first_if_that_is_wanted() -> None:
 
 def test_turns_without_an_answer_are_left_out_if_that_is_wanted() -> None:
     record = llava("<image> What?", "A cat.", "And <image>?", image=["a", "b"])
-    conversation = read_conversation(record, unanswered="cut")
+    conversation = read_conversation(record, Habits(unanswered="cut"))
     assert said(conversation) == [("user", "P What?"), ("assistant", "A cat.")]
     assert refusal(record) == (
         "unanswered_turn",
@@ -147,6 +186,8 @@ def test_an_assistant_that_calls_a_tool_need_say_nothing() -> None:
         (llava("<image><image>", "Yes.", image="a"), "image_count_differs", "1 images, 2 places"),
         (llava("<image>", "<image>", image="a"), "image_count_differs", "1 images, 2 places"),
         (llava("<image>", "Yes.", image=[]), "image_count_differs", "0 images, 1 places"),
+        (llava("<video>", "Yes."), "video_count_differs", "0 videos, 1 places"),
+        (llava("<image>", "Yes.", image="a", video="v"), "video_count_differs", "1 videos, 0 places"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(record: dict[str, Any], reason: str, detail: str) -> None:

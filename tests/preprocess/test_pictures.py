@@ -107,7 +107,7 @@ def test_what_is_not_there_has_a_reason(root: str, value: Any, reason: str) -> N
 def test_what_is_not_fetched_says_how_to_get_it(root: str) -> None:
     assert picture("https://example.org/a.png", root) == Missing(
         "image_not_fetched",
-        "https://example.org/a.png: `python -m preprocess fetch` stores pictures of tables and documents",
+        "https://example.org/a.png: `python -m preprocess fetch` stores pictures, no videos",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,29 @@ def test_of_a_prompt_only_the_caption_is_learned(tmp_path: Path, prompt: str, ex
 def test_a_prompt_without_picture_or_caption_is_refused(prompt: str) -> None:
     with pytest.raises(ValueError, match="prompt must hold"):
         CaptionsConfig(paths=("a",), prompt=prompt)
+
+
+def test_of_several_prompts_each_key_has_its_own_and_always_the_same(tmp_path: Path) -> None:
+    prompts = ("{image}{caption}", "{image} Say it. {caption}", "Look: {image}{caption}")
+    rows = [{"image": "a.png", "caption": "c", "name": f"{number}"} for number in range(300)]
+    members = [member for row in rows for member in captioned(row["name"], png(8, 8), "c")]
+    sources = [
+        CaptionsConfig(paths=(str(write_lines(tmp_path / "a.jsonl", rows)),), key="name", prompts=prompts),
+        WebDatasetConfig(paths=(str(write_tar(tmp_path / "a.tar", members)),), prompts=prompts),
+    ]
+    found: list[dict[str, str]] = []
+    for config in sources:
+        found.append({})
+        for entry in scan(config):
+            assert isinstance(entry, RawSample)
+            found[-1][entry.key] = "".join(s.text if isinstance(s, Text) else "P" for s in entry.segments)
+    assert found[0] == found[1] and len(found[0]) == 300
+    # 100 of each would be even; 60 is 5 standard deviations below.
+    assert all(count > 60 for count in Counter(found[0].values()).values())
+    assert set(found[0].values()) == {"Pc", "P Say it. c", "Look: Pc"}
+    for settings in ({"prompts": ("{image}",)}, {"prompts": prompts, "prompt": prompts[1]}):
+        with pytest.raises(ValueError, match="prompt"):
+            CaptionsConfig(paths=("a",), **settings)
 
 
 def test_labels_of_a_prompt_are_not_learned_in_the_packs(tmp_path: Path) -> None:
