@@ -23,7 +23,7 @@ from shared.codecs import codec_settings
 from shared.config import to_dict
 from shared.dataset import MANIFEST
 from shared.errors import UserError
-from shared.files import canonical_json, exists, has_files, read_json, remove, remove_tree, sha256, write_json
+from shared.files import canonical_json, exists, list_tree, read_json, remove, remove_tree, sha256, write_json
 from shared.schema import FORMAT_VERSION
 
 IDENTITY = "identity.json"
@@ -150,13 +150,14 @@ def require_same(output: Path, step: str, identity: dict[str, Any]) -> None:
 
 
 def _changed(directory: Path, identity: dict[str, Any], stale: Sequence[Path]) -> str:
-    """What differs from the run whose work lies in the directory of a step; "" when nothing does."""
+    """What differs from the run whose work lies in the directory of a step; "" when nothing does, or no work does."""
     path = directory / IDENTITY
-    if exists(path):
-        before = read_json(path)
-        return _difference(before, identity) if before != identity else ""
-    # Work that nobody claims.
-    return f"{directory.name}/{IDENTITY} is gone" if any(map(has_files, stale)) else ""
+    before = read_json(path) if exists(path) else None
+    if before == identity or all(set(list_tree(place)) <= {IDENTITY} for place in stale):
+        return ""
+    if before is None:
+        return f"{directory.name}/{IDENTITY} is gone"  # work that nobody claims
+    return _difference(before, identity)
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> str:

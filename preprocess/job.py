@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class Job:
     @cached_property
     def identity_hash(self) -> str:
         """What every result file carries: hashed once, as it names all inputs."""
-        return short_hash(self.identity)
+        return short_hash({**self.identity, "chosen": asdict(self.budget)})
 
     def prepare(self, identity: dict[str, Any]) -> None:
         """Check the settings against an earlier run in the same directory before any work is done.

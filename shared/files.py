@@ -166,13 +166,6 @@ def list_tree(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
-def has_files(directory: Path) -> bool:
-    """Whether there is anything in a directory, which need not be there."""
-    if is_remote(directory):
-        return bool(remote.list_below(str(directory)))
-    return directory.is_dir() and any(directory.iterdir())
-
-
 def remove(path: Path) -> None:
     """Remove a file, which need not be there."""
     if is_remote(path):

@@ -64,10 +64,7 @@ def _reasons(record: Mapping[str, Any]) -> Iterator[str]:
         f"demand: {chosen['S']} tokens bring {record['demand']:,.0f} patches along; N * L lies "
         f"{chosen['N'] * chosen['L'] / max(1.0, record['demand']) - 1:+.1%} from that"
     )
-    yield (
-        f"measured by packing {record['samples']:,} samples of the index as the plan packs them, a quarter of them "
-        "far from the best"
-    )
+    yield f"measured by packing up to {record['samples']:,} samples of the index as the plan packs them"
     yield (
         "wasted FLOPs: those of the linear layers over padding, and of rejected samples, per FLOP of the rest, for the "
         "model of [cost]"
