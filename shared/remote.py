@@ -54,7 +54,11 @@ _S3 = {
     "use_listings_cache": False,  # other processes write there too
     "config_kwargs": {"retries": {"max_attempts": 0}, "max_pool_connections": 64, "connect_timeout": 10},
 }
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
+_GCS = {"use_listings_cache": False}
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3, "gs": _GCS, "gcs": _GCS}
+# Before gcsfs is imported: it asks another service for the kind of a bucket, again before every call and with a
+# warning each time where that is not allowed. Only zonal buckets need it; "true" in the environment stays.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # Second names of protocols, and the first, by which their clients list objects.
 _FIRST_NAMES = {"s3a": "s3", "gcs": "gs"}
 
@@ -359,6 +363,8 @@ def _names(error: BaseException) -> set[str]:
 def _status(error: BaseException) -> int:
     """The HTTP status that an error carries, 0 for none: aiohttp, gcsfs, botocore and requests differ."""
     for cause in _causes(error):
+        if "HttpProcessingError" in {cls.__name__ for cls in type(cause).__mro__}:
+            continue  # of aiohttp's parser: a body that broke off carries a 400 that nobody sent
         response: Any = getattr(cause, "response", None)
         status: Any = getattr(cause, "status", None)
         if isinstance(response, dict):

@@ -1,8 +1,9 @@
-"""Stores on loopback: an S3 server, a web server with and without ranges, and a proxy that breaks connections."""
+"""Stores on loopback: servers of S3, GCS and the web, with and without ranges, and a proxy that breaks connections."""
 
 from __future__ import annotations
 
 import http.server
+import logging
 import os
 import re
 import socket
@@ -63,6 +64,51 @@ def put(key: str, data: bytes) -> str:
     """Put an object; its URI."""
     client().put_object(Bucket=BUCKET, Key=key, Body=data)
     return f"s3://{BUCKET}/{key}"
+
+
+@contextmanager
+def gs_server() -> Generator[str, None, None]:
+    """The address of a GCS server with one empty bucket; clients that are made from here on talk to it."""
+    import gcsfs
+    from gcp_storage_emulator.handlers import objects
+    from gcp_storage_emulator.server import create_server
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    patch = pytest.MonkeyPatch()
+    upload = objects._multipart_upload
+
+    def upload_if_absent(request: Any, response: Any, storage: Any) -> None:
+        """What the emulator lacks: GCS refuses to make an object anew where that is asked for."""
+        there = storage.objects.get(request.params["bucket_name"], {})
+        if request.query.get("ifGenerationMatch") == ["0"] and request.data["meta"]["name"] in there:
+            response.status = http.HTTPStatus.PRECONDITION_FAILED
+            return
+        upload(request, response, storage)
+
+    patch.setattr(objects, "_multipart_upload", upload_if_absent)
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # it reports what is not there
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    try:
+        use_gs(patch, f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        patch.undo()
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        server.stop()
+
+
+def use_gs(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Let GCS clients that are made from here on talk to `endpoint`, without credentials."""
+    import gcsfs
+
+    patch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+    # Or the client looks for a machine of that cloud around it.
+    patch.setenv("NO_GCE_CHECK", "true")
+    patch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
+    patch.setenv("GCE_METADATA_IP", "127.0.0.1:1")
+    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 class Proxy(socketserver.ThreadingTCPServer):

@@ -141,6 +141,14 @@ def test_broken_connections_are_tried_again_until_the_bytes_are_there(
         assert proxy.broken == 3
 
 
+def test_a_web_server_whose_connections_break_is_asked_again(web: WebServer) -> None:
+    (web.directory / "a.bin").write_bytes(CONTENT)
+    with proxy_to(web.address) as proxy:
+        proxy.budget, proxy.refill, proxy.resets = 20_000, 20_000, 3
+        assert read_range(f"{proxy.address}/a.bin", 0, len(CONTENT)) == CONTENT
+        assert proxy.broken == 3
+
+
 def test_a_store_that_stays_away_is_an_error_of_the_system_that_names_the_object(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
