@@ -254,12 +254,17 @@ def test_every_setting_that_may_change_a_byte_is_part_of_the_identity(quiet: Pre
     assert HARMLESS_LIMITS < same
     # The settings of a codec count where that codec is used.
     left = {name.split(".")[0] for name in same - HARMLESS_LIMITS}
-    assert left - {"jpeg_quality", "zstd_level"} <= HARMLESS
+    assert left - {"jpeg_quality", "zstd_level", "memory"} <= HARMLESS
     for codec, setting in (("jpeg", "jpeg_quality"), ("zstd", "zstd_level")):
         config = replace(quiet, codec=codec)
         assert setting not in {
             name for name, new in changes(config) if identity_of(new) == identity_of(config)
         }
+    # The GPU counts where S is chosen by it.
+    memory = replace(quiet.memory, gpu_bytes=1 << 30)
+    config = replace(quiet, budget=replace(quiet.budget, S="auto"), memory=memory)
+    same = {name for name, new in changes(config) if identity_of(new) == identity_of(config)}
+    assert not any(name.startswith("memory.") for name in same)
 
 
 @pytest.mark.parametrize("kind", get_args(AnySource), ids=lambda kind: kind.__name__)
