@@ -214,6 +214,8 @@ def other(kind: Any, value: Any) -> Any:
         return next(choice for choice in get_args(kind) if choice != value)
     if isinstance(value, bool):
         return not value
+    if value == "auto":
+        return 64
     if isinstance(value, (int, float)):
         return value + 1 if value != 0.0 or isinstance(value, int) else 0.5
     if isinstance(value, str):
