@@ -10,6 +10,10 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# `_nrt`: no arrays are made inside, so none are counted. A tuple of arrays is counted array by array whenever it is
+# handed on, one atomic operation each, and that took more than half of the packer's time.
+OPTIONS: dict[str, Any] = {"nogil": True, "_nrt": False}
+
 
 def compiled(function: Function) -> Function:
     """Machine code, made at the first call and kept beside the source; no thread of its own, no lock held.
@@ -19,7 +23,7 @@ def compiled(function: Function) -> Function:
     `pack_pieces` gives every argument one fixed type, so each function is compiled once.
     """
     try:
-        return cast(Function, numba.njit(cache=True, nogil=True)(function))
+        return cast(Function, numba.njit(cache=True, **OPTIONS)(function))
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
@@ -28,4 +32,4 @@ def compiled(function: Function) -> Function:
             "set NUMBA_CACHE_DIR to a directory that can",
             stacklevel=1,
         )
-        return cast(Function, numba.njit(nogil=True)(function))
+        return cast(Function, numba.njit(**OPTIONS)(function))

@@ -4,6 +4,7 @@ For every pack: the largest piece left, then piece after piece along the pool's 
 which two more pieces could finish it, a search for the pair that leaves least. The best end found on the way is
 taken, and what was put in after it goes back.
 
+    pieces: what they take
     vision rows: which row takes which image
     tops: the pieces that a pack may take next, and the scans over them
     packs: the search
@@ -20,20 +21,100 @@ import numpy.typing as npt
 
 from preprocess.packing.compiled import compiled
 
-# Vision rows. An image goes to the fullest row that takes it, as `stream.split_sample` assumes. A row that holds
-# `images_per_row` images counts as full; 0 is no bound.
+# Pieces.
 
 
-class Images(NamedTuple):
-    """Images of all pieces: piece n has [offset_n[n], offset_n[n + 1]).
+class Limits(NamedTuple):
+    """The budget as plain integers. The pool counts 2**shift patches as one, so that a pack's fit 30 bits.
 
-    `sorted_i` lists them largest first within each piece; `row_i` receives the row of each.
+    `one_row`: the vision rows are one number, what is left of a single row that takes any number of images.
     """
 
+    S: int
+    N: int
+    L: int
+    images_per_row: int
+    shift: int
+    one_row: bool
+
+
+class Pieces(NamedTuple):
+    """The input: piece n has `tokens_n` tokens and the images [offset_n[n], offset_n[n + 1]).
+
+    `row_i` receives the row of each image. `order_i` lists those of a piece largest first, as numbers inside the
+    piece; it is empty where `one_row` asks for no order.
+    """
+
+    tokens_n: npt.NDArray[np.int64]
     offset_n: npt.NDArray[np.int64]
     patches_i: npt.NDArray[np.int64]
-    sorted_i: npt.NDArray[np.int32]
+    order_i: npt.NDArray[np.int32]
     row_i: npt.NDArray[np.int32]
+
+
+COST, TOKENS, SHARE = range(3)
+NUMBER = (1 << 32) - 1  # the low half of a key
+
+
+@compiled
+def vision_of(piece: int, pieces: Pieces, limits: Limits) -> tuple[int, int, int]:
+    """Patches of a piece, of its largest image, and what it takes of the vision rows, in the pool's units.
+
+    Where a row holds few pieces, each takes its part of a row at least.
+    """
+    least = limits.L // limits.images_per_row if limits.images_per_row else 0
+    patches, largest, cost = 0, 0, 0
+    for image in range(pieces.offset_n[piece], pieces.offset_n[piece + 1]):
+        own = pieces.patches_i[image]
+        patches += own
+        largest = max(largest, own)
+        cost += max(own, least)
+    return patches >> limits.shift, largest >> limits.shift, cost >> limits.shift
+
+
+@compiled
+def rank_by(measure: int, key_n: npt.NDArray[np.int64], pieces: Pieces, limits: Limits) -> int:
+    """Put a measure above the number of the piece in each key, for a sort in place; the sum of the costs.
+
+    By SHARE the largest comes first, by COST and TOKENS the smallest. Equal ones stay in the order of the input.
+    """
+    total = 0
+    for at in range(len(key_n)):
+        piece = key_n[at] & NUMBER
+        cost = vision_of(piece, pieces, limits)[2]
+        total += cost
+        value = cost
+        if measure == TOKENS:
+            value = pieces.tokens_n[piece]
+        elif measure == SHARE:
+            share = max(pieces.tokens_n[piece] / limits.S, cost / vision_of_pack(limits))
+            value = int((1 - share) * (1 << 30))
+        key_n[at] = (value << 32) | piece
+    return total
+
+
+@compiled
+def order_images(pieces: Pieces) -> None:
+    """Fill `order_i`, equal images in document order. Few images to a piece: sorted by insertion."""
+    for piece in range(len(pieces.tokens_n)):
+        start = pieces.offset_n[piece]
+        for at in range(start, pieces.offset_n[piece + 1]):
+            own = pieces.patches_i[at]
+            hole = at
+            while hole > start and pieces.patches_i[start + pieces.order_i[hole - 1]] < own:
+                pieces.order_i[hole] = pieces.order_i[hole - 1]
+                hole -= 1
+            pieces.order_i[hole] = at - start
+
+
+@compiled
+def vision_of_pack(limits: Limits) -> int:
+    """N * L, in the pool's units."""
+    return (limits.N * limits.L) >> limits.shift
+
+
+# Vision rows. An image goes to the fullest row that takes it, as `stream.split_sample` assumes. A row that holds
+# `images_per_row` images counts as full; 0 is no bound.
 
 
 class Rows(NamedTuple):
@@ -44,7 +125,6 @@ class Rows(NamedTuple):
     before_N2: npt.NDArray[np.int64]
 
 
-@compiled
 def empty_rows(N: int, L: int) -> Rows:
     return Rows(np.full(N, L, np.int64), np.zeros(N, np.int64), np.zeros((N, 2), np.int64))
 
@@ -57,16 +137,18 @@ def copy_rows(source: Rows, target: Rows) -> None:
 
 
 @compiled
-def place_images(piece: int, images: Images, rows: Rows, images_per_row: int) -> bool:
+def place_images(piece: int, pieces: Pieces, rows: Rows, images_per_row: int) -> bool:
     """Put all images of a piece into rows, or none: after False `rows` is as it was.
 
     Largest image first; if that fails in document order, as the sample was cut (`stream.split_sample`): what
     fitted there fits an empty pack here.
     """
+    if pieces.offset_n[piece + 1] - pieces.offset_n[piece] <= 1:
+        return _place_in_order(piece, False, pieces, rows, images_per_row)
     for row in range(len(rows.free_N)):
         rows.before_N2[row, 0], rows.before_N2[row, 1] = rows.free_N[row], rows.count_N[row]
     for largest_first in (True, False):
-        if _place_in_order(piece, largest_first, images, rows, images_per_row):
+        if _place_in_order(piece, largest_first, pieces, rows, images_per_row):
             return True
         for row in range(len(rows.free_N)):
             rows.free_N[row], rows.count_N[row] = rows.before_N2[row, 0], rows.before_N2[row, 1]
@@ -74,17 +156,18 @@ def place_images(piece: int, images: Images, rows: Rows, images_per_row: int) ->
 
 
 @compiled
-def _place_in_order(piece: int, largest_first: bool, images: Images, rows: Rows, images_per_row: int) -> bool:
-    for at in range(images.offset_n[piece], images.offset_n[piece + 1]):
-        image = images.sorted_i[at] if largest_first else at
-        row = _tightest_row(rows, images.patches_i[image])
+def _place_in_order(piece: int, largest_first: bool, pieces: Pieces, rows: Rows, images_per_row: int) -> bool:
+    start = pieces.offset_n[piece]
+    for at in range(start, pieces.offset_n[piece + 1]):
+        image = start + pieces.order_i[at] if largest_first else at
+        row = _tightest_row(rows, pieces.patches_i[image])
         if row < 0:
             return False
-        rows.free_N[row] -= images.patches_i[image]
+        rows.free_N[row] -= pieces.patches_i[image]
         rows.count_N[row] += 1
         if rows.count_N[row] == images_per_row:
             rows.free_N[row] = 0
-        images.row_i[image] = row
+        pieces.row_i[image] = row
     return True
 
 
@@ -100,28 +183,19 @@ def _tightest_row(rows: Rows, patches: int) -> int:
 
 
 @compiled
-def room_after(
-    piece: int, images: Images, rows: Rows, trial: Rows, images_per_row: int
-) -> tuple[bool, int, int]:
-    """Whether a piece's images fit, and what would be left then: patches of all rows, and of the freest."""
-    start, end = images.offset_n[piece], images.offset_n[piece + 1]
-    if end - start > 1 or images_per_row:
-        copy_rows(rows, trial)
-        fits = place_images(piece, images, trial, images_per_row)
-        return fits, trial.free_N.sum(), trial.free_N.max()
-    patches = int(images.patches_i[start]) if end > start else 0  # most pieces: no copy, one pass
-    chosen = _tightest_row(rows, patches)
+def patches_left(rows: Rows) -> tuple[int, int]:
+    """In all rows, and in the freest."""
     total, widest = 0, 0
     for row in range(len(rows.free_N)):
-        free = rows.free_N[row] - (patches if row == chosen else 0)
-        total += free
-        widest = max(widest, free)
-    return chosen >= 0, total, widest
+        total += rows.free_N[row]
+        widest = max(widest, rows.free_N[row])
+    return total, widest
 
 
 # Tops. The scans over them do nearly all the work of the packer. They are written for the vector unit: 32-bit
 # integers, no branch, and a refusal value that differs from the starting one (with the same value LLVM turns the
-# selection into a branch, and the scan takes ten times as long).
+# selection into a branch, and the scan takes ten times as long). A second scan finds the place of the best: one that
+# stops there takes three times as long. Results leave as `0 + value`, 64 bits wide.
 
 Int = np.int32
 UNIT = 1 << 16  # x and y of what a pack aims to hold
@@ -136,15 +210,8 @@ STRANDED = np.int32(8)
 
 
 class Pool(NamedTuple):
-    """Pieces, one stratum after another, the largest first in each; stratum c has [next_c[c], end_c[c]) left.
+    """Pieces, one stratum after another, the largest first in each; stratum c has [next_c[c], end_c[c]) left."""
 
-    `cost_n` is what a piece takes of the vision rows, `largest_n` its largest image, `piece_n` its number.
-    """
-
-    tokens_n: npt.NDArray[np.int32]
-    patches_n: npt.NDArray[np.int32]
-    largest_n: npt.NDArray[np.int32]
-    cost_n: npt.NDArray[np.int32]
     piece_n: npt.NDArray[np.int32]
     next_c: npt.NDArray[np.int64]
     end_c: npt.NDArray[np.int64]
@@ -153,7 +220,8 @@ class Pool(NamedTuple):
 class Tops(NamedTuple):
     """The first piece left of each stratum; `tokens_c` is NEVER for none, and for one not to be taken now.
 
-    `x_c`, `y_c`: tokens and vision cost in UNITs of what the pack aims to hold of each. `gap_c`: what its
+    `patches_c`, `largest_c`, `cost_c`: see `vision_of`. `share_c`: the larger share of S and of the vision rows, in
+    2**-30. `x_c`, `y_c`: tokens and vision cost in UNITs of what the pack aims to hold of each. `gap_c`: what its
     largest image would leave useless in a vision row, in UNITs of the vision aim.
     """
 
@@ -161,6 +229,7 @@ class Tops(NamedTuple):
     patches_c: npt.NDArray[np.int32]
     largest_c: npt.NDArray[np.int32]
     cost_c: npt.NDArray[np.int32]
+    share_c: npt.NDArray[np.int32]
     x_c: npt.NDArray[np.int32]
     y_c: npt.NDArray[np.int32]
     gap_c: npt.NDArray[np.int32]
@@ -205,15 +274,16 @@ def size(c: int, tops: Tops, aim: Aim) -> int:
 
 
 @compiled
-def show_top(c: int, pool: Pool, tops: Tops, aim: Aim) -> None:
+def show_top(c: int, pool: Pool, tops: Tops, pieces: Pieces, aim: Aim, limits: Limits) -> None:
     at = pool.next_c[c]
     if at == pool.end_c[c]:
         tops.tokens_c[c] = NEVER
         return
-    tops.tokens_c[c] = pool.tokens_n[at]
-    tops.patches_c[c] = pool.patches_n[at]
-    tops.largest_c[c] = pool.largest_n[at]
-    tops.cost_c[c] = pool.cost_n[at]
+    piece = int(pool.piece_n[at])
+    patches, largest, cost = vision_of(piece, pieces, limits)
+    tokens = pieces.tokens_n[piece]
+    tops.tokens_c[c], tops.patches_c[c], tops.largest_c[c], tops.cost_c[c] = tokens, patches, largest, cost
+    tops.share_c[c] = Int(max(tokens / limits.S, cost / vision_of_pack(limits)) * (1 << 30))
     measure_top(c, tops, aim)
 
 
@@ -224,13 +294,8 @@ def measure_top(c: int, tops: Tops, aim: Aim) -> None:
 
 
 @compiled
-def top_piece(c: int, pool: Pool) -> int:
-    return int(pool.piece_n[pool.next_c[c]])
-
-
-@compiled
 def may_fit(c: int, tops: Tops, room: Room) -> bool:
-    """Exact for tokens; for images a sieve that lets pass whatever fits the rows."""
+    """Exact for tokens, and for images where `one_row`; else a sieve that lets pass whatever fits the rows."""
     return (
         (tops.tokens_c[c] <= room.tokens)
         & (tops.patches_c[c] <= room.patches)
@@ -239,23 +304,48 @@ def may_fit(c: int, tops: Tops, room: Room) -> bool:
 
 
 @compiled
-def median_image(tops: Tops) -> int:
-    """Of the largest images of the tops: a gap in a row that is below it is hard to fill."""
-    return int(np.median(tops.largest_c))
+def largest_share(tops: Tops) -> int:
+    """The top with the largest share of a budget, the first of equals."""
+    largest, first = Int(-1), NEVER
+    for c in range(len(tops.share_c)):
+        largest = tops.share_c[c] if tops.share_c[c] > largest else largest
+    for c in range(len(tops.share_c)):
+        at = Int(c) if tops.share_c[c] == largest else REFUSED
+        first = at if at < first else first
+    return int(0 + first)
 
 
 @compiled
-def measure_gaps(rows: Rows, shift: int, image: int, tops: Tops, aim: Aim) -> None:
-    """Fill `gap_c`: what the fullest row that takes the top's largest image has left then, if below `image`."""
-    tops.gap_c[:] = NEVER
+def median_image(tops: Tops) -> int:
+    """Of the largest images of the tops: a gap in a row that is below it is hard to fill. `gap_c` is scratch."""
+    ordered_c = tops.gap_c
+    for c in range(len(ordered_c)):
+        own, hole = tops.largest_c[c], c
+        while hole > 0 and ordered_c[hole - 1] > own:
+            ordered_c[hole] = ordered_c[hole - 1]
+            hole -= 1
+        ordered_c[hole] = own
+    return int(0 + ordered_c[len(ordered_c) // 2])
+
+
+@compiled
+def measure_gaps(rows: Rows, shift: int, usual_image: int, tops: Tops, aim: Aim) -> None:
+    """Fill `gap_c`: what the fullest row that takes the top's largest image has left then, if below `usual_image`."""
+    smallest = NEVER
+    for c in range(len(tops.gap_c)):
+        tops.gap_c[c] = NEVER
+        image = tops.largest_c[c] if tops.largest_c[c] > 0 else REFUSED
+        smallest = image if image < smallest else smallest
     for row in range(len(rows.free_N)):
         free = Int(rows.free_N[row] >> shift)
+        if free < smallest or (row > 0 and rows.free_N[row] == rows.free_N[row - 1]):
+            continue  # takes no image, or what the row before does: most rows
         for c in range(len(tops.gap_c)):
             left = Int(free - tops.largest_c[c])
             left = left if left >= 0 else REFUSED
             tops.gap_c[c] = left if left < tops.gap_c[c] else tops.gap_c[c]
     for c in range(len(tops.gap_c)):
-        gap = tops.gap_c[c] if (tops.gap_c[c] < image) & (tops.largest_c[c] > 0) else 0
+        gap = tops.gap_c[c] if (tops.gap_c[c] < usual_image) & (tops.largest_c[c] > 0) else 0
         tops.gap_c[c] = Int(min(gap * aim.y_per_cost, FARTHEST))
 
 
@@ -275,12 +365,14 @@ def next_top(tops: Tops, room: Room, aim: Aim) -> tuple[int, int]:
         largest = priced if priced > largest else largest
     if best <= -REFUSED:
         return -1, 0
+    first = NEVER
     for c in range(len(tops.tokens_c)):
-        bend = abs(ahead - tops.x_c[c] + tops.y_c[c])
-        score = tops.x_c[c] + tops.y_c[c] - BALANCE * bend - STRANDED * tops.gap_c[c]
-        if score == best and may_fit(c, tops, room):
-            return c, int(largest)
-    return -1, 0
+        bend = Int(Int(ahead - tops.x_c[c]) + tops.y_c[c])
+        bend = bend if bend > 0 else Int(-bend)
+        score = Int(Int(tops.x_c[c] + tops.y_c[c]) - Int(BALANCE * bend) - Int(STRANDED * tops.gap_c[c]))
+        at = Int(c) if (score == best) & may_fit(c, tops, room) else REFUSED
+        first = at if at < first else first
+    return int(0 + first), int(0 + largest)
 
 
 @compiled
@@ -294,19 +386,21 @@ def least_waste(tops: Tops, room: Room, aim: Aim) -> int:
         left = Int(Int(aim.price_x * x) + Int(aim.price_y * y))
         left = left if may_fit(c, tops, room) else REFUSED
         best = left if left < best else best
-    return int(best)
+    return int(0 + best)
 
 
 @compiled
 def top_that_leaves(target: int, tops: Tops, room: Room, aim: Aim) -> int:
     """The piece that `least_waste` found."""
+    first = NEVER
     for c in range(len(tops.tokens_c)):
-        left = int(aim.price_x) * max(room.x - tops.x_c[c], 0) + int(aim.price_y) * max(
-            room.y - tops.y_c[c], 0
-        )
-        if left == target and may_fit(c, tops, room):
-            return c
-    return -1
+        x, y = Int(room.x - tops.x_c[c]), Int(room.y - tops.y_c[c])
+        x = x if x > 0 else Int(0)
+        y = y if y > 0 else Int(0)
+        left = Int(Int(aim.price_x * x) + Int(aim.price_y * y))
+        at = Int(c) if (left == target) & may_fit(c, tops, room) else REFUSED
+        first = at if at < first else first
+    return int(0 + first)
 
 
 # Packs.
@@ -314,20 +408,12 @@ def top_that_leaves(target: int, tops: Tops, room: Room, aim: Aim) -> int:
 # A pack that is this close to its aim, both budgets added, is done: the small pieces that would fill it to the
 # last token are worth more in a later pack. 0.002 to 0.01 give the same fill within 0.1 %.
 ENOUGH = 0.005
-# First pieces that a search for a pair tries; 32 fill 0.03 to 0.16 % more and take a quarter to a third longer.
+# First pieces that a search for a pair tries; 32 fill 0.02 to 0.08 % more and take a third to two fifths longer.
 PAIR_STARTS = 16
 # How the price of a budget follows its share of what is left: 1 % more of it, 10 % dearer. 30 gives the same.
 PRICE_GAIN = 10.0
-
-
-class Limits(NamedTuple):
-    """The budget as plain integers. The pool counts 2**shift patches as one, so that a pack's fit 30 bits."""
-
-    S: int
-    N: int
-    L: int
-    images_per_row: int
-    shift: int
+# Packs between two looks at the usual image.
+USUAL_FOR = 16
 
 
 class End(NamedTuple):
@@ -339,57 +425,68 @@ class End(NamedTuple):
     second: int
 
 
-@compiled
-def vision_of_pack(limits: Limits) -> int:
-    """N * L, in the pool's units."""
-    return (limits.N * limits.L) >> limits.shift
-
-
 class Work(NamedTuple):
-    """Buffers of one pack: its rows, two more sets of rows to try pieces in, and the stratum of each piece."""
+    """Buffers of one pack: its rows, more of them to try pieces in, and the stratum of each piece."""
 
     rows: Rows
     trial: Rows
-    second_trial: Rows
     chosen_d: npt.NDArray[np.int32]
 
 
-@compiled
-def fill_packs(pool: Pool, images: Images, pack_n: npt.NDArray[np.int64], limits: Limits) -> int:
-    """Fill `pack_n` and `images.row_i`; return the number of packs. Every piece fits an empty pack.
+def fill_packs(pool: Pool, pieces: Pieces, cost: int, pack_n: npt.NDArray[np.int32], limits: Limits) -> int:
+    """Fill `pack_n` and `pieces.row_i`; return the number of packs, which are numbered as they are filled.
 
-    Ends because each pack takes its first piece at least.
+    Every piece fits an empty pack; `cost` is the sum of their costs.
     """
-    strata = len(pool.next_c)
-    zeros = np.zeros((7, strata), np.int32)
-    tops = Tops(zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5], zeros[6])
-    N, L = limits.N, limits.L
-    chosen_d = np.empty(len(pool.piece_n) + 2, np.int32)
-    work = Work(empty_rows(N, L), empty_rows(N, L), empty_rows(N, L), chosen_d)
-    left = np.array([pool.tokens_n.sum(), pool.cost_n.sum()])
-    at_first = left.copy()
-    packs, placed = 0, 0
-    while placed < len(pool.piece_n):
+    tops = Tops(*np.zeros((8, len(pool.next_c)), np.int32))
+    least = int(pieces.tokens_n.min())
+    deepest = min(len(pack_n), limits.S // least) if least else len(pack_n)
+    chosen_d = np.empty(deepest + 2, np.int32)
+    rows, trial = empty_rows(limits.N, limits.L), empty_rows(limits.N, limits.L)
+    work = Work(rows, trial, chosen_d)
+    left = np.array([pieces.tokens_n.sum(), cost], np.int64)
+    return int(_fill_packs(pool, tops, pieces, pack_n, limits, work, left, left.copy()))
+
+
+@compiled
+def _fill_packs(
+    pool: Pool,
+    tops: Tops,
+    pieces: Pieces,
+    pack_n: npt.NDArray[np.int32],
+    limits: Limits,
+    work: Work,
+    left: npt.NDArray[np.int64],
+    at_first: npt.NDArray[np.int64],
+) -> int:
+    """Ends because each pack takes its first piece at least."""
+    packs, placed, usual_image, emptied = 0, 0, 0, True
+    while placed < len(pack_n):
         aim = _aim(left, at_first, limits)
-        live = _live_strata(pool)
-        if live < strata or packs == 0:
-            strata = live
+        if emptied:
+            strata = _live_strata(pool)
             pool, tops = _first_strata(pool, strata), _first_tops(tops, strata)
             for c in range(strata):
-                show_top(c, pool, tops, aim)
-        for c in range(strata):
+                show_top(c, pool, tops, pieces, aim, limits)
+        for c in range(len(tops.tokens_c)):
             measure_top(c, tops, aim)
-        depth = _choose_pieces(pool, tops, images, aim, limits, work, packs)
+        if limits.N > 1 and packs % USUAL_FOR == 0:
+            usual_image = median_image(tops)
+        depth = _choose_pieces(pool, tops, pieces, aim, limits, work, usual_image, packs)
         _reset_rows(work.rows, limits.L)
+        emptied = False
         for d in range(depth):
-            at = pool.next_c[work.chosen_d[d]]
-            pool.next_c[work.chosen_d[d]] += 1
-            show_top(work.chosen_d[d], pool, tops, aim)
-            # The same images in the same order as when the pack was chosen, hence into the same rows.
-            place_images(int(pool.piece_n[at]), images, work.rows, limits.images_per_row)
-            pack_n[pool.piece_n[at]] = packs
-            left[0] -= pool.tokens_n[at]
-            left[1] -= pool.cost_n[at]
+            c = work.chosen_d[d]
+            piece = int(pool.piece_n[pool.next_c[c]])
+            pool.next_c[c] += 1
+            emptied = emptied or pool.next_c[c] == pool.end_c[c]
+            left[0] -= pieces.tokens_n[piece]
+            left[1] -= vision_of(piece, pieces, limits)[2]
+            show_top(c, pool, tops, pieces, aim, limits)
+            if not limits.one_row:
+                # The same images in the same order as when the pack was chosen, hence into the same rows.
+                place_images(piece, pieces, work.rows, limits.images_per_row)
+            pack_n[piece] = packs
         placed += depth
         packs += 1
     return packs
@@ -397,8 +494,8 @@ def fill_packs(pool: Pool, images: Images, pack_n: npt.NDArray[np.int64], limits
 
 @compiled
 def _reset_rows(rows: Rows, L: int) -> None:
-    rows.free_N[:] = L
-    rows.count_N[:] = 0
+    for row in range(len(rows.free_N)):
+        rows.free_N[row], rows.count_N[row] = L, 0
 
 
 @compiled
@@ -415,8 +512,7 @@ def _live_strata(pool: Pool) -> int:
 
 @compiled
 def _first_strata(pool: Pool, strata: int) -> Pool:
-    next_c, end_c = pool.next_c[:strata], pool.end_c[:strata]
-    return Pool(pool.tokens_n, pool.patches_n, pool.largest_n, pool.cost_n, pool.piece_n, next_c, end_c)
+    return Pool(pool.piece_n, pool.next_c[:strata], pool.end_c[:strata])
 
 
 @compiled
@@ -426,6 +522,7 @@ def _first_tops(tops: Tops, strata: int) -> Tops:
         tops.patches_c[:strata],
         tops.largest_c[:strata],
         tops.cost_c[:strata],
+        tops.share_c[:strata],
         tops.x_c[:strata],
         tops.y_c[:strata],
         tops.gap_c[:strata],
@@ -452,20 +549,26 @@ def _aim(left: npt.NDArray[np.int64], at_first: npt.NDArray[np.int64], limits: L
 
 
 @compiled
-def _largest_top(tops: Tops, limits: Limits) -> int:
-    """The piece with the largest share of a budget."""
-    largest, best = -1.0, 0
-    per_token, per_cost = 1 / limits.S, 1 / vision_of_pack(limits)
-    for c in range(len(tops.tokens_c)):
-        share = max(tops.tokens_c[c] * per_token, tops.cost_c[c] * per_cost)
-        if share > largest:
-            largest, best = share, c
-    return best
+def _put_top(c: int, pool: Pool, tops: Tops, pieces: Pieces, rows: Rows, limits: Limits) -> bool:
+    """Put the images of a top into rows, or none of them."""
+    if limits.one_row:
+        if tops.patches_c[c] > rows.free_N[0]:
+            return False
+        rows.free_N[0] -= tops.patches_c[c]
+        return True
+    return place_images(int(pool.piece_n[pool.next_c[c]]), pieces, rows, limits.images_per_row)
 
 
 @compiled
 def _choose_pieces(
-    pool: Pool, tops: Tops, images: Images, aim: Aim, limits: Limits, work: Work, turn: int
+    pool: Pool,
+    tops: Tops,
+    pieces: Pieces,
+    aim: Aim,
+    limits: Limits,
+    work: Work,
+    usual_image: int,
+    turn: int,
 ) -> int:
     """Strata of the next pack's pieces, in order, into `work.chosen_d`; their number. The pool is as before."""
     rows = work.rows
@@ -473,17 +576,14 @@ def _choose_pieces(
     x, y = UNIT if aim.x_per_token > 0 else 0, UNIT if aim.y_per_cost > 0 else 0
     room = room_of(limits.S, vision_of_pack(limits), limits.L >> limits.shift, x, y)
     best = End(1 << 60, 0, -1, -1)
-    usual_image = median_image(tops)
-    depth, failed, top = 0, 0, _largest_top(tops, limits)
+    depth, failed, top = 0, 0, largest_share(tops)
     while top >= 0:
-        if place_images(top_piece(top, pool), images, rows, limits.images_per_row):
-            tokens = room.tokens - tops.tokens_c[top]
-            x, y = room.x - tops.x_c[top], room.y - tops.y_c[top]
-            room = room_of(tokens, rows.free_N.sum() >> limits.shift, rows.free_N.max() >> limits.shift, x, y)
+        if _put_top(top, pool, tops, pieces, rows, limits):
+            room = _room_after(top, tops, rows, room, limits)
             work.chosen_d[depth] = top
             depth += 1
             pool.next_c[top] += 1
-            show_top(top, pool, tops, aim)
+            show_top(top, pool, tops, pieces, aim, limits)
         else:
             tops.tokens_c[top] = NEVER  # not in this pack: its images do not fit the rows
             failed += 1
@@ -493,12 +593,12 @@ def _choose_pieces(
             measure_gaps(rows, limits.shift, usual_image, tops, aim)
         top, largest = next_top(tops, room, aim)
         if top >= 0 and best.waste >= aim.enough and waste(room, aim) <= 2 * largest + max(aim.enough, 0):
-            best = _best_pair(pool, tops, images, aim, limits, work, room, best, depth, largest, turn)
+            best = _best_pair(pool, tops, pieces, aim, limits, work, room, best, depth, largest, turn)
         if best.waste < aim.enough:
             break
     for d in range(depth):
         pool.next_c[work.chosen_d[d]] -= 1
-    _show_again(depth, failed, pool, tops, aim, work)
+    _show_again(depth, failed, pool, tops, pieces, aim, limits, work)
     depth = best.depth
     for top in (best.first, best.second):
         if top >= 0:
@@ -508,21 +608,31 @@ def _choose_pieces(
 
 
 @compiled
-def _show_again(depth: int, failed: int, pool: Pool, tops: Tops, aim: Aim, work: Work) -> None:
+def _show_again(
+    depth: int, failed: int, pool: Pool, tops: Tops, pieces: Pieces, aim: Aim, limits: Limits, work: Work
+) -> None:
     """The tops as they were before the pack was chosen."""
     if failed:
         for c in range(len(tops.tokens_c)):
-            show_top(c, pool, tops, aim)
+            show_top(c, pool, tops, pieces, aim, limits)
     else:
         for d in range(depth):
-            show_top(work.chosen_d[d], pool, tops, aim)
+            show_top(work.chosen_d[d], pool, tops, pieces, aim, limits)
+
+
+@compiled
+def _room_after(c: int, tops: Tops, rows: Rows, room: Room, limits: Limits) -> Room:
+    """With a top's images in `rows`."""
+    patches, widest = patches_left(rows)
+    x, y = room.x - tops.x_c[c], room.y - tops.y_c[c]
+    return room_of(room.tokens - tops.tokens_c[c], patches >> limits.shift, widest >> limits.shift, x, y)
 
 
 @compiled
 def _best_pair(
     pool: Pool,
     tops: Tops,
-    images: Images,
+    pieces: Pieces,
     aim: Aim,
     limits: Limits,
     work: Work,
@@ -534,33 +644,24 @@ def _best_pair(
 ) -> End:
     """The better of `best` and the best end with one or two of the tops; every call starts from other tops."""
     step = max(1, len(tops.tokens_c) // PAIR_STARTS)
-    per_row = limits.images_per_row
     for first in range((7 * turn + 3 * depth) % step, len(tops.tokens_c), step):
         if (
             not may_fit(first, tops, room)
             or waste(room, aim) - size(first, tops, aim) - largest >= best.waste
         ):
             continue
-        fits, patches, widest = room_after(top_piece(first, pool), images, work.rows, work.trial, per_row)
-        if not fits:
+        copy_rows(work.rows, work.trial)
+        if not _put_top(first, pool, tops, pieces, work.trial, limits):
             continue
-        after = room_of(
-            room.tokens - tops.tokens_c[first],
-            patches >> limits.shift,
-            widest >> limits.shift,
-            room.x - tops.x_c[first],
-            room.y - tops.y_c[first],
-        )
+        after = _room_after(first, tops, work.trial, room, limits)
         if waste(after, aim) < best.waste:
             best = End(waste(after, aim), depth, first, -1)
         hidden = tops.tokens_c[first]
         tops.tokens_c[first] = NEVER
-        least = 0 + least_waste(tops, after, aim)  # 64 bits, as the other ends have
+        least = least_waste(tops, after, aim)
         if least < best.waste:
             second = top_that_leaves(least, tops, after, aim)
-            copy_rows(work.rows, work.second_trial)
-            place_images(top_piece(first, pool), images, work.second_trial, per_row)
-            if place_images(top_piece(second, pool), images, work.second_trial, per_row):
+            if _put_top(second, pool, tops, pieces, work.trial, limits):
                 best = End(least, depth, first, second)
         tops.tokens_c[first] = hidden
         if best.waste < aim.enough:

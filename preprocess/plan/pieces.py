@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from preprocess.plan.files import Ints, Mask
+from preprocess.packing import surely_fit
+from preprocess.plan.files import Ints
 from preprocess.plan.survey import sample_tokens, segment_offsets
 from preprocess.samples import SEGMENT_TYPE, SEGMENTS_TYPE, TEXT, IndexSegment, Reject
 from preprocess.stream import Part, split_sample
@@ -83,7 +84,7 @@ def cut_into_pieces(
     length = sample_tokens(samples.segments, ids)
     image_start, patches = sample_images(samples.segments)
     num_images = np.diff(image_start)
-    fits = (length <= budget.S) & _surely_fit(image_start, patches, budget, images_per_row)
+    fits = surely_fit(length, image_start, patches, budget, images_per_row)
     whole, others = np.flatnonzero(fits), np.flatnonzero(~fits)
     zeros = np.zeros_like(whole)
     columns = [
@@ -103,24 +104,6 @@ def cut_into_pieces(
             columns.append(_part_columns(sample, int(length[sample]), verdict))
     joined = np.concatenate(columns, axis=1)
     return Pieces(*joined[:, np.argsort(joined[0], kind="stable")]), rejects
-
-
-def _surely_fit(image_start: Ints, patches: Ints, budget: Budget, images_per_row: int) -> Mask:
-    """Whether the images of each sample fit N vision rows of L patches, without placing them.
-
-    They do where each can have a row of its own; and where they come to no more than N * (L - the largest): a new row
-    is opened only when each open one holds more than L - the largest.
-    """
-    num_images = np.diff(image_start)
-    some = num_images > 0
-    largest, total = np.zeros_like(num_images), np.zeros_like(num_images)
-    if len(patches):
-        largest[some] = np.maximum.reduceat(patches, image_start[:-1][some])
-        total[some] = np.add.reduceat(patches, image_start[:-1][some])
-    shared = total <= budget.N * (budget.L - largest)
-    if images_per_row:
-        shared &= num_images <= images_per_row
-    return (largest <= budget.L) & ((num_images <= budget.N) | shared)
 
 
 def _part_columns(sample: int, length: int, parts: list[Part]) -> Ints:
