@@ -30,8 +30,9 @@ from preprocess.samples import (
     TEXT,
     IndexSegment,
     Reject,
+    fields_column,
     reject_table,
-    segments_column,
+    segment_fields,
 )
 from shared.errors import UserError
 from shared.files import atomic_path, file_checksum, file_size, remove
@@ -41,6 +42,8 @@ from shared.tokens import Tokens
 
 # Samples per row group: neighbours that the plan keeps in one window.
 ROWS_PER_BLOCK = 1024
+# Tokens that wait to be written in one go, of 4 bytes.
+WAITING_TOKENS = 1 << 20
 # How it is written. Nobody searches it by value, and without statistics a block is found in half the time; of the
 # columns only `file` repeats itself, and without dictionaries for the others a file is a quarter smaller.
 INDEX_OPTIONS: dict[str, Any] = {
@@ -153,7 +156,13 @@ class IndexWriter:
         self._tokens: IO[bytes] = open(stack.enter_context(atomic_path(token_file(path))), "wb")
         self._media: IO[bytes] | None = None
         self._num_tokens = self._num_unlearned = self._media_bytes = 0
-        self._rows: list[ScannedSample] = []
+        # The block that is being filled: columns, segments as their fields.
+        self._keys: list[str] = []
+        self._content_hashes: list[int] = []
+        self._segments: list[tuple[int | str, ...]] = []
+        self._lengths: list[int] = []
+        self._texts: list[Tokens] = []
+        self._written_tokens = 0
         self._rejects: list[Reject] = []
         self._reject_file: pq.ParquetWriter | None = None
         self._reasons, self._media_reasons = Counter[str](), Counter[str]()
@@ -164,23 +173,23 @@ class IndexWriter:
     def append(self, sample: ScannedSample) -> None:
         """Take a sample whose text segments have no place yet: it is given here."""
         texts = iter(sample.texts)
-        segments: list[IndexSegment] = []
         for segment in sample.segments:
             if segment.kind == TEXT:
                 tokens = next(texts)
-                data = tokens.astype("<i4").tobytes()
-                self._tokens.write(data)
-                self._token_digest.update(data)
+                self._texts.append(tokens)
                 segment = IndexSegment(TEXT, "", self._num_tokens, 0, len(tokens))
                 self._num_tokens += len(tokens)
-                self._num_unlearned += int((tokens < 0).sum())
             else:
                 self.media += 1
-            segments.append(segment)
-        self._rows.append(ScannedSample(sample.key, sample.content_hash, segments, ()))
+            self._segments.append(segment_fields(segment))
+        self._keys.append(sample.key)
+        self._content_hashes.append(sample.content_hash)
+        self._lengths.append(len(sample.segments))
         self.samples += 1
         self.read += 1
-        if len(self._rows) == ROWS_PER_BLOCK:
+        if self._num_tokens - self._written_tokens >= WAITING_TOKENS:
+            self._flush_tokens()
+        if len(self._keys) == ROWS_PER_BLOCK:
             self._flush()
 
     def reject(self, reject: Reject) -> None:
@@ -245,18 +254,29 @@ class IndexWriter:
         self._reject_file.write_table(reject_table(self._rejects))
         self._rejects = []
 
-    def _flush(self) -> None:
-        if not self._rows:
+    def _flush_tokens(self) -> None:
+        if not self._texts:
             return
-        hashes = [xxhash.xxh3_64_intdigest(row.key.encode()) for row in self._rows]
+        tokens = np.concatenate(self._texts)
+        data = tokens.astype("<i4", copy=False).data
+        self._tokens.write(data)
+        self._token_digest.update(data)
+        self._num_unlearned += int((tokens < 0).sum())
+        self._texts, self._written_tokens = [], self._num_tokens
+
+    def _flush(self) -> None:
+        self._flush_tokens()
+        if not self._keys:
+            return
+        hashes = [xxhash.xxh3_64_intdigest(key.encode()) for key in self._keys]
         columns = [
-            pa.array([row.key for row in self._rows], pa.string()),
+            pa.array(self._keys, pa.string()),
             pa.array(np.array(hashes, np.uint64)),
-            pa.array(np.array([row.content_hash for row in self._rows], np.uint64)),
-            segments_column([row.segments for row in self._rows]),
+            pa.array(np.array(self._content_hashes, np.uint64)),
+            fields_column(self._segments, self._lengths),
         ]
         self._parquet.write_table(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA))
-        self._rows = []
+        self._keys, self._content_hashes, self._segments, self._lengths = [], [], [], []
 
 
 @contextmanager

@@ -169,16 +169,21 @@ REJECT_SCHEMA = pa.schema(
 )
 
 
-_fields_of = attrgetter(*SEGMENT_TYPE.names)
+segment_fields = attrgetter(*SEGMENT_TYPE.names)
 
 
 def segments_column(samples: Sequence[Sequence[IndexSegment]]) -> pa.ListArray:
     """Segments of many samples as one Arrow column of type SEGMENTS_TYPE."""
-    flat = [_fields_of(segment) for segments in samples for segment in segments]
+    flat = [segment_fields(segment) for segments in samples for segment in segments]
+    return fields_column(flat, [len(segments) for segments in samples])
+
+
+def fields_column(flat: Sequence[tuple[int | str, ...]], lengths: Sequence[int]) -> pa.ListArray:
+    """`segments_column` of the fields of all segments (`segment_fields`), `lengths` of them in each sample."""
     columns = list(zip(*flat, strict=True)) if flat else [() for _ in SEGMENT_TYPE]
     children = [pa.array(column, field.type) for column, field in zip(columns, SEGMENT_TYPE, strict=True)]
     struct = pa.StructArray.from_arrays(children, fields=list(SEGMENT_TYPE))
-    offsets = np.cumsum([0, *(len(segments) for segments in samples)]).astype(np.int32)
+    offsets = np.cumsum([0, *lengths]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), struct, type=SEGMENTS_TYPE)
 
 

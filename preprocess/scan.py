@@ -45,10 +45,9 @@ from shared.tokens import TextTokenizer, TokenNames, Tokens, load_tokenizer
 
 # A batch is tokenized and resized in one call each. Text takes some 120 times its size while it is tokenized
 # (measured with a BPE of 8192): 1 MiB keeps a worker small, and one text more is cut into pieces (`text.PIECE`).
-BATCH_SAMPLES = 1024
+# 256 samples are few enough objects for Python's collector: with 1024 it looks at all of the process every 5000.
+BATCH_SAMPLES = 256
 BATCH_CHARACTERS = 1 << 20
-# Pictures without a place wait in memory for their batch.
-BATCH_MEDIA_BYTES = 64 << 20
 # Reading the next record or picture may mean reading from a distant store: it may take this many times longer than
 # the work on one picture.
 DRAW_PATIENCE = 20.0
@@ -92,14 +91,13 @@ def scan_unit(task: ScanUnit) -> dict[str, Any]:
     )
     source = open_source(task.config, context)
     with open_index(task.output) as index:
-        for batch in _batches(_draw(source.scan(task.unit), task), task.crashed is not None):
-            drafts = [_draft(entry, number, task, index) for number, entry in batch]
-            # One sample at a time where one of them is to be found: its whole way is then under its number.
-            begin(2 * batch[0][0] + 1 if task.crashed is not None else NO_ITEM)
-            _tokenize(drafts, task, tokenizer)
-            _fit_images(drafts, task.geometry, task.video)
-            for draft in drafts:
-                _write(draft, task, index)
+        entries = _draw(source.scan(task.unit), task)
+        drafts = (_draft(entry, number, task, index) for number, entry in entries)
+        for batch in _batches(drafts, task.crashed is not None):
+            _tokenize(batch, task, tokenizer)
+            _fit_images(batch, task)
+            for draft in batch:
+                _write(draft, index)
             begin(NO_ITEM)
     return index.counts()
 
@@ -127,26 +125,36 @@ def _draw(entries: Iterator[RawSample | Reject], task: ScanUnit) -> Iterator[Ent
         yield number, entry
 
 
-def _batches(entries: Iterable[Entry], single: bool) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
-    characters = held = 0
-    for number, entry in entries:
-        batch.append((number, entry))
-        if isinstance(entry, RawSample):
-            characters += sum(len(s.text) for s in entry.segments if isinstance(s, Text))
-            held += sum(
-                s.file.seek(0, io.SEEK_END)
-                for s in entry.segments
-                if isinstance(s, Media) and s.place is None
-            )
-        full = len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS or held >= BATCH_MEDIA_BYTES
-        if single or full:
-            begin(NO_ITEM)
+def _batches(drafts: Iterable[_Draft], single: bool) -> Iterator[list[_Draft]]:
+    """`single`: one sample at a time, where one of them is to be found: its whole way is then under its number."""
+    batch: list[_Draft] = []
+    characters = 0
+    for draft in drafts:
+        batch.append(draft)
+        characters += sum(len(text.text) for text in draft.texts)
+        if single or len(batch) == BATCH_SAMPLES or characters >= BATCH_CHARACTERS:
+            if not single:
+                begin(NO_ITEM)
             yield batch
-            batch, characters, held = [], 0, 0
+            batch, characters = [], 0
     begin(NO_ITEM)
     if batch:
         yield batch
+
+
+@dataclass(slots=True)
+class _Measured:
+    """A picture or a video whose grid is not known yet, and where its bytes lie.
+
+    content: a hash of them, "" where duplicates are not looked for.
+    """
+
+    kind: int
+    place: Place
+    height: int
+    width: int
+    t: int
+    content: str
 
 
 @dataclass(slots=True)
@@ -156,18 +164,11 @@ class _Draft:
     key: str
     failed: Reject | None = None
     dropped: list[Reject] = field(default_factory=list[Reject])
-    segments: list[IndexSegment] = field(default_factory=list[IndexSegment])
-    texts: list[Text] = field(default_factory=list[Text])
-    tokens: list[Tokens] = field(default_factory=list[Tokens])
+    parts: Sequence[Text | _Measured] = ()
+    texts: Sequence[Text] = ()
+    tokens: Sequence[Tokens] = ()
+    segments: Sequence[IndexSegment] = ()
     content_hash: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """A picture or a video; `content` is a hash of its bytes, "" where duplicates are not looked for."""
-
-    segment: IndexSegment
-    content: str
 
 
 # Until its tokens have a place.
@@ -175,11 +176,11 @@ _TEXT_SEGMENT = IndexSegment(TEXT, "", 0, 0, 0)
 
 
 def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexWriter) -> _Draft:
-    """Segments with the pixel sizes of pictures, and the texts; tokens and grids come later, in bulk."""
-    if isinstance(entry, Reject):
-        return _Draft(entry.key, failed=entry)
+    """The pixel sizes of pictures, and the texts; tokens and grids come later, in bulk."""
     item = 2 * number + 1
     begin(item)
+    if isinstance(entry, Reject):
+        return _Draft(entry.key, failed=entry)
     if detail := (task.crashed or {}).get(item):
         return _Draft(entry.key, failed=Reject(task.source, entry.key, "crashed", detail))
     draft = _Draft(entry.key)
@@ -199,31 +200,34 @@ def _draft(entry: RawSample | Reject, number: int, task: ScanUnit, index: IndexW
             draft.dropped.append(replace(reject, media=media))
         media += 1
     begin(item)
-    parts = [
-        replace(part, inner=True) if place and isinstance(part, Text) else part
-        for place, part in enumerate(_joined(parts, entry.separator))
-    ]
-    draft.content_hash = _content_hash(parts) if task.hash_content else 0
-    draft.segments = [_TEXT_SEGMENT if isinstance(part, Text) else part.segment for part in parts]
-    draft.texts = [part for part in parts if isinstance(part, Text)]
+    draft.parts = _joined(parts, entry.separator)
+    draft.content_hash = _content_hash(draft.parts) if task.hash_content else 0
+    draft.texts = [part for part in draft.parts if isinstance(part, Text)]
     size = sum(len(text.text.encode()) for text in draft.texts)
     if size > (most := task.limits.max_text_bytes):
         detail = f"{size} bytes, limit {most} (limits.max_text_bytes)"
         draft.failed = Reject(task.source, entry.key, "text_too_many_bytes", detail)
-    elif not draft.segments:
+    elif not draft.parts:
         reason = "no_usable_image" if draft.dropped else "empty"
         draft.failed = Reject(task.source, entry.key, reason, f"{len(draft.dropped)} images dropped, no text")
     return draft
 
 
-def _joined(parts: Iterable[Text | _Measured], separator: str) -> Iterator[Text | _Measured]:
-    """Plain texts that nothing separates become one; those with spans of their own stay as they are."""
+def _joined(parts: Sequence[Text | _Measured], separator: str) -> list[Text | _Measured]:
+    """Plain texts that nothing separates become one; those with spans of their own stay as they are.
+
+    All but the first part are inner ones.
+    """
+    joined: list[Text | _Measured] = []
     for plain, run in itertools.groupby(parts, _is_plain):
-        if not plain:
-            yield from run
-            continue
-        first, *others = (part for part in run if isinstance(part, Text))
-        yield replace(first, text=separator.join((first.text, *(text.text for text in others))))
+        together = list(run)
+        if plain and len(together) > 1:
+            together = [Text(separator.join([part.text for part in together if isinstance(part, Text)]))]
+        for part in together:
+            if joined and isinstance(part, Text):
+                part = Text(part.text, part.learned, part.special, inner=True)
+            joined.append(part)
+    return joined
 
 
 def _is_plain(part: Text | _Measured) -> bool:
@@ -243,13 +247,13 @@ def _content_hash(parts: Iterable[Text | _Measured]) -> int:
                 part.inner,
             )
         else:
-            said = (part.segment.kind, part.content)
+            said = (part.kind, part.content)
         digest.update(repr(said).encode())
     return digest.intdigest()
 
 
 def _measure(raw: Media | Missing, item: int, task: ScanUnit, index: IndexWriter) -> _Measured:
-    """The segment of a picture or a video, its size, t, and where its bytes lie; and the hash of those.
+    """The size of a picture or a video, t, and where its bytes lie; and the hash of those.
 
     Raises:
         ImageError: it is not there, or not usable.
@@ -258,11 +262,13 @@ def _measure(raw: Media | Missing, item: int, task: ScanUnit, index: IndexWriter
         raise ImageError(raw.reason, raw.detail)
     begin(item, DRAW_PATIENCE)  # its bytes may come from a distant store
     file, data = raw.file, None
-    size = file.seek(0, io.SEEK_END)
+    size = file.seek(0, io.SEEK_END) if raw.place is None else raw.place.size
     most = task.video.max_bytes if raw.kind == VIDEO else task.limits.max_bytes
     if (task.hash_content or raw.place is None) and size <= most:
         file.seek(0)
-        data = file.read()  # once, for header, hash and store
+        data = file.read(
+            size
+        )  # once, for header, hash and store; without a size it would come in pieces of 8 kB
         file = io.BytesIO(data)
         begin(item)
     content = xxhash.xxh3_128_hexdigest(data) if task.hash_content and data is not None else ""
@@ -272,10 +278,7 @@ def _measure(raw: Media | Missing, item: int, task: ScanUnit, index: IndexWriter
         place = Place(STORE, index.store(data), size)
     else:
         place = raw.place
-    segment = IndexSegment(raw.kind, place.file, place.offset, place.size, 0, height, width, t)
-    if place.file not in (STORE, task.unit):
-        segment = replace(segment, state=change_time(place.file))
-    return _Measured(segment, content)
+    return _Measured(raw.kind, place, height, width, t, content)
 
 
 def _displayed(file: BinaryIO, kind: int, task: ScanUnit) -> tuple[int, int, int]:
@@ -307,28 +310,33 @@ def _tokenize(drafts: Sequence[_Draft], task: ScanUnit, tokenizer: TextTokenizer
             draft.failed = Reject(task.source, draft.key, "text_without_tokens", detail)
 
 
-def _fit_images(drafts: Sequence[_Draft], geometry: Geometry, config: VideoConfig) -> None:
-    """Grids of all pictures and videos of a batch, in one computation."""
+def _fit_images(drafts: Sequence[_Draft], task: ScanUnit) -> None:
+    """Segments of a batch; grids of all its pictures and videos in one computation."""
     alive = [draft for draft in drafts if draft.failed is None]
-    images = [segment for draft in alive for segment in draft.segments if segment.kind != TEXT]
+    found = [part for draft in alive for part in draft.parts if isinstance(part, _Measured)]
+    geometry = task.geometry
     caps = [
-        patches_per_frame(s.t, config, geometry) if s.kind == VIDEO else geometry.max_patches_per_image
-        for s in images
+        patches_per_frame(m.t, task.video, geometry) if m.kind == VIDEO else geometry.max_patches_per_image
+        for m in found
     ]
-    sizes = np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2)
+    sizes = np.array([(m.height, m.width) for m in found], np.int64).reshape(-1, 2)
     grids = iter(resize_grid(sizes[:, 0], sizes[:, 1], geometry, np.array(caps, np.int64)).tolist())
 
-    def fitted(segment: IndexSegment) -> IndexSegment:
-        if segment.kind == TEXT:
-            return segment
-        h, w = next(grids)
-        return replace(segment, tokens=visual_tokens(segment.t, h, w, geometry.merge) + 2, h=h, w=w)
+    def segment(part: Text | _Measured) -> IndexSegment:
+        if isinstance(part, Text):
+            return _TEXT_SEGMENT
+        place, t, (h, w) = part.place, part.t, next(grids)
+        tokens = visual_tokens(t, h, w, geometry.merge) + 2
+        state = 0 if place.file in (STORE, task.unit) else change_time(place.file)
+        return IndexSegment(
+            part.kind, place.file, place.offset, place.size, tokens, part.height, part.width, t, h, w, state
+        )
 
     for draft in alive:
-        draft.segments = [fitted(segment) for segment in draft.segments]
+        draft.segments = [segment(part) for part in draft.parts]
 
 
-def _write(draft: _Draft, task: ScanUnit, index: IndexWriter) -> None:
+def _write(draft: _Draft, index: IndexWriter) -> None:
     if draft.failed is not None:
         index.reject(draft.failed)
         return

@@ -40,8 +40,9 @@ def encode_texts(texts: Sequence[Text], tokenizer: TextTokenizer) -> list[Tokens
     for inner in (False, True):
         group = [number for number in short if texts[number].inner is inner]
         encoded = tokenizer.encode([texts[n].text for n in group], inner=inner) if group else []
+        suspicious = bool(group) and tokenizer.are_special(np.concatenate(encoded)).any()
         for number, ids in zip(group, encoded, strict=True):
-            result[number] = _checked(ids, texts[number].text, tokenizer)
+            result[number] = _checked(ids, texts[number].text, tokenizer) if suspicious else ids
     for number in sorted(set(plain) - set(short)):
         text, inner = texts[number].text, texts[number].inner
         pieces = [tokenizer.encode([piece], inner=inner or start > 0)[0] for start, piece in _pieces(text)]

@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from preprocess.config import ImageLimits
 from preprocess.images.errors import ImageError, pillow_limit, reject_as
+from preprocess.images.jpeg_header import plain_size
 
 # Damaged metadata is no news in a job over millions of files: what matters becomes a reject.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -24,6 +25,10 @@ FORMATS = tuple(
     for name in ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
     if name in Image.OPEN
 )
+
+
+# Of a JPEG, read at once: what a buffered file reads anyway, and enough for tables and a common colour profile.
+HEAD_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,11 @@ def read_header(file: BinaryIO, *, limits: ImageLimits) -> Header:
         raise ImageError("image_empty", "0 bytes")
     if num_bytes > limits.max_bytes:
         raise ImageError("image_too_many_bytes", f"{num_bytes} bytes, limit {limits.max_bytes}")
+    file.seek(0)
+    if (size := plain_size(file.read(HEAD_BYTES))) and 0 < size[0] * size[1] <= limits.max_pixels:
+        header = Header(*size)
+        _check_size(header.width, header.height, "JPEG", limits)
+        return header
     picture, orientation = open_picture(file, limits)
     width, height = picture.size
     return Header(width, height) if orientation >= 5 else Header(height, width)
@@ -58,14 +68,13 @@ def open_picture(file: BinaryIO, limits: ImageLimits) -> tuple[Image.Image, int]
         except UnidentifiedImageError:  # its message names an object of this process
             raise UnidentifiedImageError(f"no header of {', '.join(FORMATS)}") from None
         orientation = _orientation(picture, file)
-    _check_size(picture, limits)
+    _check_size(*picture.size, picture.format, limits)
     return picture, orientation
 
 
-def _check_size(picture: Image.Image, limits: ImageLimits) -> None:
-    width, height = picture.size
+def _check_size(width: int, height: int, format: str | None, limits: ImageLimits) -> None:
     # OpenJPEG computes in 32 bits per value: by half more memory than any other (benchmarks/image_memory.py).
-    max_pixels = limits.max_pixels * 2 // 3 if picture.format == "JPEG2000" else limits.max_pixels
+    max_pixels = limits.max_pixels * 2 // 3 if format == "JPEG2000" else limits.max_pixels
     short, long = min(width, height), max(width, height)
     size = f"{width} x {height} pixels"
     if short < 1:
