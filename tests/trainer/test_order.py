@@ -58,3 +58,9 @@ def test_ranks_that_wait_for_each_other_get_like_loads() -> None:
     costs = np.array([100, 1, 99, 2])
     dealt = deal_packs(costs, dp_size=2, accumulation=2, packs_per_microbatch=1)
     assert [sorted(costs[dealt[:, step, 0]].tolist()) for step in range(2)] == [[99, 100], [1, 2]]
+
+
+def test_each_round_of_microbatches_evens_out_the_sums_of_the_rounds_before() -> None:
+    # Rounds (8, 7) and (2, 1): the rank that got 8 gets 1.
+    dealt = deal_packs(np.array([2, 8, 1, 7]), dp_size=2, accumulation=2, packs_per_microbatch=1)
+    assert dealt.tolist() == [[[1], [2]], [[3], [0]]]

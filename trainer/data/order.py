@@ -40,6 +40,10 @@ def deal_packs(
 
     Entries index `costs`. Longest processing time first (Graham 1969) over microbatches of fixed size: the
     costliest pack left goes to the microbatch with the least cost that has a place.
+
+    Microbatches of about one cost run at the same time, as all ranks wait for the slowest in each; and each round of
+    them is dealt against the sums of the rounds before, as those who synchronize once per step wait for the slowest
+    sum.
     """
     heap = [(0, number) for number in range(dp_size * accumulation)]
     dealt: list[list[int]] = [[] for _ in heap]
@@ -48,7 +52,13 @@ def deal_packs(
         dealt[number].append(pack)
         if len(dealt[number]) < packs_per_microbatch:
             heapq.heappush(heap, (load + int(costs[pack]), number))
-    # Neighbours in load are different ranks of one microbatch, which wait for each other.
-    order = sorted(range(len(dealt)), key=lambda number: -int(costs[dealt[number]].sum()))
-    table = np.array([dealt[number] for number in order], np.int64)
-    return table.reshape(accumulation, dp_size, packs_per_microbatch).transpose(1, 0, 2)
+    cost = np.array([costs[packs].sum() for packs in dealt])
+    # Neighbours in cost are different ranks of one round.
+    rounds = np.argsort(-cost, kind="stable").reshape(accumulation, dp_size)
+    sums_r = np.zeros(dp_size, np.int64)
+    table = np.empty((dp_size, accumulation, packs_per_microbatch), np.int64)
+    for number, own in enumerate(rounds):
+        ranks = np.argsort(sums_r, kind="stable")  # the costliest of a round goes to the rank of the least sum
+        table[ranks, number] = np.array(dealt)[own]
+        sums_r[ranks] += cost[own]
+    return table
