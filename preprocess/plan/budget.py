@@ -212,7 +212,7 @@ def measure(
     pieces, rejects = cut_into_pieces(samples, list(names), rules, budget, ids, per_row)
     tokens_n, offset_n, images = _lengths(samples, pieces)
     patches_i = sample_images(samples.segments)[1][images]
-    packing = pack_pieces(tokens_n, offset_n, patches_i, budget, per_row, config.seed)
+    packing = pack_pieces(tokens_n, offset_n, patches_i, budget, per_row)
     packs = max(1, packing.num_packs)
     tokens, patches = int(tokens_n.sum()), int(patches_i.sum())
     shares = tokens / budget.S, patches / (budget.N * budget.L)
