@@ -1,7 +1,7 @@
 """What became of a chunk: counts that balance, and every failure with its key, place and reason.
 
-rows      read = fetched + failed(by reason)       of documents: fetched is "written", with or without pictures
-images    read = fetched + failed(by reason)       of documents only: the URLs in them
+rows      read = fetched + failed(by reason)       of documents, conversations: "written", with or without pictures
+images    read = fetched + failed(by reason)       of these only: the URLs of pictures in them
 """
 
 from __future__ import annotations

@@ -9,22 +9,20 @@ Samples lie in the order of their arrival. A picture that several rows name is a
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import math
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import quote
 
 from preprocess.fetch.account import Result
 from preprocess.fetch.client import Body, Client, Failure
 from preprocess.fetch.config import CaptionsInput
-from preprocess.fetch.tables import Chunk, Record, RowError, key_of
+from preprocess.fetch.tables import Chunk, Record, RowError, key_of, plain
 
 MAX_KEY_CHARACTERS = 200  # of a file name, which holds 255 bytes
 
@@ -103,7 +101,7 @@ def _write_sample(tar: tarfile.TarFile, sample: _Sample, body: Body) -> None:
     if sample.caption:
         caption = sample.caption.encode()
         _add(tar, f"{sample.key}.txt", io.BytesIO(caption), len(caption))
-    about = {"key": sample.key, "url": sample.url, "sha256": body.sha256, "row": _plain(sample.record)}
+    about = {"key": sample.key, "url": sample.url, "sha256": body.sha256, "row": plain(sample.record)}
     line = json.dumps(about, allow_nan=False).encode()
     _add(tar, f"{sample.key}.json", io.BytesIO(line), len(line))
 
@@ -112,16 +110,3 @@ def _add(tar: tarfile.TarFile, name: str, content: IO[bytes], size: int) -> None
     member = tarfile.TarInfo(name)
     member.size = size
     tar.addfile(member, content)
-
-
-def _plain(value: Any) -> Any:
-    """A value of a Parquet row as JSON has it: bytes in base 64, dates and decimals as text, no NaN."""
-    if isinstance(value, dict):
-        return {str(name): _plain(entry) for name, entry in value.items()}  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

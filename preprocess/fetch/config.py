@@ -48,6 +48,22 @@ class DocumentsInput:
         _require_paths(self.paths)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatInput:
+    """Conversations as the chat source reads them, .parquet, .arrow, .json or .jsonl (the last two also .gz, .zst)."""
+
+    kind: Literal["chat"]
+    paths: tuple[str, ...]
+    # As for documents.
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        _require_paths(self.paths)
+
+
+Input = CaptionsInput | DocumentsInput | ChatInput
+
+
 def _require_paths(paths: tuple[str, ...]) -> None:
     if not paths:
         raise ValueError("paths is empty; name at least one file")
@@ -115,13 +131,15 @@ class HttpConfig:
 class FetchConfig:
     """A whole run. Relative paths are relative to the working directory."""
 
+    # A directory of this machine, or a URI: s3://, gs://.
     output: str
-    input: CaptionsInput | DocumentsInput
+    input: Input
     # One output file holds what came of so many rows of one input file; a stopped run loses at most two of them.
     rows_per_file: int = 2000
     # "3/16": only the third of sixteen slices of the output files; the others run elsewhere, into the same output.
     shard: str = "1/1"
-    # The job stops when more than this share of the rows (or of the documents' images) failed. URLs rot: 1.
+    # The job stops when more than this share of the rows (or of the images of documents and conversations) failed. URLs
+    # rot: 1.
     max_failure_rate: float = 1.0
     # When an earlier run in `output` had other settings or inputs: stop, or throw its work away.
     on_change: Literal["refuse", "rebuild"] = "refuse"

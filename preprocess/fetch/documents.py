@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocess.fetch.account import Result
-from preprocess.fetch.client import Body, Client, Failure
+from preprocess.fetch.client import Client, Failure
 from preprocess.fetch.config import DocumentsInput
 from preprocess.fetch.responses import redacted
+from preprocess.fetch.spool import Place, Spool
 from preprocess.fetch.tables import Chunk, Record, RowError, key_of
 from shared.errors import UserError
 
@@ -43,34 +42,6 @@ class _Document:
     row: int
     record: Record
     urls: list[str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    offset: int
-    size: int
-
-
-class Spool:
-    """Bodies back to back in one unnamed file, which is gone when the process is."""
-
-    def __init__(self, directory: Path) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=directory)
-        self.outcomes: dict[str, _Place | Failure] = {}
-
-    def store(self, url: str, outcome: Body | Failure) -> None:
-        if isinstance(outcome, Failure):
-            self.outcomes[url] = outcome
-            return
-        self.outcomes[url] = _Place(self._file.tell(), outcome.size)
-        shutil.copyfileobj(outcome.file, self._file)
-
-    def read(self, place: _Place) -> bytes:
-        self._file.seek(place.offset)
-        return self._file.read(place.size)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 async def fetch_documents(chunk: Chunk, config: DocumentsInput, client: Client, path: Path) -> Result:
@@ -140,7 +111,7 @@ def _filled(
         yield {**document.record, **lists}, size
 
 
-def _image(outcome: _Place | Failure, spool: Spool, room: int) -> bytes | Failure:
+def _image(outcome: Place | Failure, spool: Spool, room: int) -> bytes | Failure:
     if isinstance(outcome, Failure):
         return outcome
     if outcome.size > room:

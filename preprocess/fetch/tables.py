@@ -1,6 +1,7 @@
 """Rows of the input files, cut into chunks, in one order whatever the slice and however often a run resumes.
 
     .parquet   .csv   .tsv   .jsonl / .ndjson         the text files also as .gz or .zst
+    conversations: what the chat source reads         .parquet   .arrow   .json   .jsonl / .ndjson
 
 A file is read from its beginning to its end, a batch or a line at a time; a row becomes values only when somebody
 asks for them, so that chunks which are done already cost only the reading. CSV is RFC 4180, TSV has no quoting
@@ -9,9 +10,11 @@ asks for them, so that chunks which are done already cost only the reading. CSV 
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -22,9 +25,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocess.fetch.config import CaptionsInput, DocumentsInput
+from preprocess.fetch.config import CaptionsInput, ChatInput, DocumentsInput, Input
 from preprocess.inputs import expand_paths_of, open_input
-from preprocess.sources.records import unpacked
+from preprocess.sources.records import Damage, container_of, read_records, unpacked
+from preprocess.sources.records import Record as ReadRecord
 from shared.errors import UserError, closest
 from shared.remote import StoreError, shown
 
@@ -59,19 +63,19 @@ class Chunk:
     schema: pa.Schema | None
 
 
-def list_inputs(paths: Sequence[str]) -> list[str]:
+def list_inputs(config: Input) -> list[str]:
     """The input files, patterns expanded, sorted, each once.
 
     Raises:
         UserError: a path does not exist, a pattern matches nothing, or a name says no format.
     """
-    files = expand_paths_of("input", "input.paths", paths)
+    files = expand_paths_of("input", "input.paths", config.paths)
     for path in files:
-        _format_of(path)
+        (_chat_format_of if isinstance(config, ChatInput) else _format_of)(path)
     return files
 
 
-def iter_chunks(files: Sequence[str], config: CaptionsInput | DocumentsInput, rows: int) -> Iterator[Chunk]:
+def iter_chunks(files: Sequence[str], config: Input, rows: int) -> Iterator[Chunk]:
     """All chunks of all files, in order; `rows` is the most that one holds."""
     number = first_row = 0
     for path in files:
@@ -99,7 +103,19 @@ def _format_of(path: str) -> str:
     return suffix
 
 
-def _open(path: str, config: CaptionsInput | DocumentsInput) -> tuple[pa.Schema | None, Iterator[Row]]:
+def _chat_format_of(path: str) -> str:
+    suffix = container_of(path)
+    if suffix not in (".parquet", ".arrow", ".json", ".jsonl", ".ndjson"):
+        raise UserError(
+            f"input: {shown(path)}: the name says no format of conversations; expected .json, .jsonl (also as .gz or "
+            ".zst), .parquet or .arrow"
+        )
+    return suffix
+
+
+def _open(path: str, config: Input) -> tuple[pa.Schema | None, Iterator[Row]]:
+    if isinstance(config, ChatInput):
+        return None, _guarded(path, _chat_rows(path))
     kind = _format_of(path)
     if kind == ".parquet":
         return _open_parquet(path, config)
@@ -234,6 +250,23 @@ def _separated_record(names: Sequence[str], fields: Sequence[str]) -> Record:
     return dict(zip(names, fields, strict=True))
 
 
+# Conversations
+
+
+def _chat_rows(path: str) -> Iterator[Row]:
+    for entry in read_records(path):
+        # Where the number of rows lost is not known, they would not be counted.
+        if isinstance(entry, Damage) and entry.reason in ("rest_unreadable", "batch_unreadable"):
+            raise OSError(entry.detail)
+        yield partial(_chat_record, entry)
+
+
+def _chat_record(entry: ReadRecord | Damage) -> Record:
+    if isinstance(entry, Damage):
+        raise RowError(entry.reason, entry.detail)
+    return entry.value
+
+
 # Values of a row
 
 
@@ -257,3 +290,16 @@ def require_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise RowError("row_malformed", "text that is not UTF-8") from None
+
+
+def plain(value: Any) -> Any:
+    """A value of a Parquet row as JSON has it: bytes in base 64, dates and decimals as text, no NaN."""
+    if isinstance(value, dict):
+        return {str(name): plain(entry) for name, entry in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -457,7 +457,7 @@ def test_the_command_prints_the_account_for_people_and_one_object_for_scripts(
         ('output = "o"\n[input]\nkind = "captions"\npaths = ["x"]\ntexts = "t"', "unknown key 'input.texts'"),
         (
             'output = "o"\n[input]\nkind = "tables"\npaths = ["x"]',
-            "'tables' is not one of captions, interleaved",
+            "'tables' is not one of captions, interleaved, chat",
         ),
     ],
 )
@@ -478,7 +478,7 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(
         ({"shard": "4/3"}, 'shard must be like "3/16"'),
         ({"shard": "1-3"}, 'shard must be like "3/16"'),
         ({"shard": "1/3", "on_change": "rebuild"}, "remove the output yourself"),
-        ({"output": "s3://bucket/out"}, "fetch writes to a directory of this machine"),
+        ({"output": "https://example.org/out"}, "not a place for outputs; use a local path, s3:// or gs://"),
         ({"rows_per_file": 0}, "rows_per_file must be at least 1, got 0"),
         ({"max_failure_rate": 2.0}, "max_failure_rate must lie in"),
         ({"http__retries": -1}, r"\[http\] retries must be at least 0, got -1"),

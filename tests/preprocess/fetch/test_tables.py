@@ -75,7 +75,7 @@ def documents(*paths: Path) -> DocumentsInput:
 def read(config: CaptionsInput | DocumentsInput, rows: int = 100) -> list[dict[str, Any] | tuple[str, str]]:
     """Every row of every chunk: its values, or (reason, detail)."""
     found: list[dict[str, Any] | tuple[str, str]] = []
-    for chunk in iter_chunks(list_inputs(config.paths), config, rows):
+    for chunk in iter_chunks(list_inputs(config), config, rows):
         for row in chunk.rows:
             try:
                 found.append(row())
@@ -108,7 +108,7 @@ def test_chunks_are_cut_within_files_and_numbered_across_them(
         else:
             (tmp_path / name).write_bytes(jsonl_of(rows))
     config = captions(tmp_path / "*.parquet", tmp_path / "*.jsonl", tmp_path / "b.jsonl")
-    chunks = list(iter_chunks(list_inputs(config.paths), config, 3))
+    chunks = list(iter_chunks(list_inputs(config), config, 3))
     assert [(chunk.number, chunk.first_row, len(chunk.rows)) for chunk in chunks] == [
         (0, 0, 3),
         (1, 3, 3),
@@ -232,13 +232,13 @@ def test_documents_are_no_csv(tmp_path: Path) -> None:
 def test_missing_inputs_are_named(tmp_path: Path) -> None:
     for path, message in (("x.csv", "x.csv: no such file"), ("*.csv", "pattern .* matches no file")):
         with pytest.raises(UserError, match=rf"^input: .*{message}; correct input\.paths$"):
-            list_inputs([str(tmp_path / path)])
+            list_inputs(captions(tmp_path / path))
 
 
 def test_a_file_that_two_paths_name_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.csv").write_bytes(csv_of(ROWS))
-    assert list_inputs(["a.csv", "./a.csv", "*.csv"]) == ["a.csv"]
+    assert list_inputs(CaptionsInput(kind="captions", paths=("a.csv", "./a.csv", "*.csv"))) == ["a.csv"]
 
 
 def test_tables_in_a_store_are_read_as_those_of_this_machine(tmp_path: Path) -> None:
@@ -247,7 +247,9 @@ def test_tables_in_a_store_are_read_as_those_of_this_machine(tmp_path: Path) -> 
             write(tmp_path / name)
             put(f"tables/{name}", (tmp_path / name).read_bytes())
         pattern = f"s3://{BUCKET}/tables/*"
-        assert list_inputs([pattern]) == [f"s3://{BUCKET}/tables/{name}" for name in sorted(FORMATS)]
+        assert list_inputs(CaptionsInput(kind="captions", paths=(pattern,))) == [
+            f"s3://{BUCKET}/tables/{name}" for name in sorted(FORMATS)
+        ]
         config = CaptionsInput(kind="captions", paths=(pattern,))
         assert read(config) == [row for name in sorted(FORMATS) for row in FORMATS[name][1]]
 
