@@ -59,6 +59,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3, "gs": _GCS, "gcs":
 # Before gcsfs is imported: it asks another service for the kind of a bucket, again before every call and with a
 # warning each time where that is not allowed. Only zonal buckets need it; "true" in the environment stays.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+# Arguments of reads by range: this client otherwise asks for 5 MiB at least.
+_READ_OPTIONS = {"hf": {"cache_type": "none"}}
 # Second names of protocols, and the first, by which their clients list objects.
 _FIRST_NAMES = {"s3a": "s3", "gcs": "gs"}
 
@@ -171,7 +173,8 @@ def _read_part(uri: str, offset: int, size: int) -> bytes:
         if _protocol(uri) in ("http", "https"):
             return _http_range(filesystem, uri, offset, size)[0]
         try:
-            return filesystem.cat_file(path, start=offset, end=offset + size)
+            options = _READ_OPTIONS.get(_protocol(uri), {})
+            return filesystem.cat_file(path, start=offset, end=offset + size, **options)
         except Exception as error:
             if _status(error) == 416:  # begins behind the end
                 return b""

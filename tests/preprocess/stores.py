@@ -1,8 +1,10 @@
-"""Stores on loopback: servers of S3, GCS and the web, with and without ranges, and a proxy that breaks connections."""
+"""Stores on loopback: servers of S3, GCS, the Hub and the web, and a proxy that breaks connections."""
 
 from __future__ import annotations
 
+import hashlib
 import http.server
+import json
 import logging
 import os
 import re
@@ -10,6 +12,7 @@ import socket
 import socketserver
 import struct
 import threading
+import urllib.parse
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
@@ -69,7 +72,6 @@ def put(key: str, data: bytes) -> str:
 @contextmanager
 def gs_server() -> Generator[str, None, None]:
     """The address of a GCS server with one empty bucket; clients that are made from here on talk to it."""
-    import gcsfs
     from gcp_storage_emulator.handlers import objects
     from gcp_storage_emulator.server import create_server
 
@@ -95,19 +97,16 @@ def gs_server() -> Generator[str, None, None]:
         yield f"http://127.0.0.1:{port}"
     finally:
         patch.undo()
-        gcsfs.GCSFileSystem.clear_instance_cache()
         server.stop()
 
 
 def use_gs(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     """Let GCS clients that are made from here on talk to `endpoint`, without credentials."""
+    patch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+    # Read when the client is imported, which otherwise looks for a machine of that cloud around it.
+    patch.setenv("NO_GCE_CHECK", "true")
     import gcsfs
 
-    patch.setenv("STORAGE_EMULATOR_HOST", endpoint)
-    # Or the client looks for a machine of that cloud around it.
-    patch.setenv("NO_GCE_CHECK", "true")
-    patch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
-    patch.setenv("GCE_METADATA_IP", "127.0.0.1:1")
     gcsfs.GCSFileSystem.clear_instance_cache()
 
 
@@ -234,6 +233,88 @@ class _Files(http.server.SimpleHTTPRequestHandler):
         self.send_header("ETag", f'"{hash(data):x}"')
         self.end_headers()
         self.wfile.write(data[begin:end])
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """One data set of the Hub, x/y, whose files are those of a directory: what HfFileSystem asks for, to read."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *arguments: Any, hub: Hub, **options: Any) -> None:
+        self._hub = hub
+        super().__init__(*arguments, **options)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        if re.fullmatch(r"/api/datasets/x/y(/revision/main)?", path):
+            self._json({"id": "x/y", "sha": "0" * 40})
+        elif found := re.fullmatch(r"/api/datasets/x/y/tree/main/?(.*)", path):
+            self._tree(self._hub.directory / found[1])
+        elif found := re.fullmatch(r"/datasets/x/y/resolve/main/(.+)", path):
+            self._file(self._hub.directory / found[1])
+        else:
+            self._absent("RepoNotFound")
+
+    def _tree(self, directory: Path) -> None:
+        if not directory.is_dir():
+            self._absent("EntryNotFound")
+            return
+        entries = directory.rglob("*") if "recursive=true" in self.path.lower() else directory.iterdir()
+        self._json([self._entry(path) for path in sorted(entries)])
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        data = b"" if path.is_dir() else path.read_bytes()
+        return {
+            "type": "directory" if path.is_dir() else "file",
+            "path": str(path.relative_to(self._hub.directory)),
+            "size": len(data),
+            "oid": hashlib.sha1(data).hexdigest(),
+        }
+
+    def _file(self, path: Path) -> None:
+        if not path.is_file():
+            self._absent("EntryNotFound")
+            return
+        data, wanted = path.read_bytes(), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted:
+            data = data[int(wanted[1]) : int(wanted[2]) + 1]
+        self._hub.sent.append(len(data))
+        self._answer(206 if wanted else 200, data)
+
+    def _json(self, value: Any) -> None:
+        self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _absent(self, code: str) -> None:
+        self._answer(404, b"", {"X-Error-Code": code})
+
+    def _answer(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Hub:
+    """A directory as the data set hf://datasets/x/y; `sent` are the bytes of every answer to a read of a file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sent: list[int] = []
+        self.address = ""
+
+
+@contextmanager
+def hub_server(directory: Path) -> Generator[Hub, None, None]:
+    hub = Hub(directory)
+    with _Server(("127.0.0.1", 0), partial(_Hub, hub=hub)) as server:
+        hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
+        yield hub
+        server.shutdown()
 
 
 class _Server(http.server.ThreadingHTTPServer):
