@@ -116,15 +116,16 @@ def test_a_tokenizer_without_a_begin_token_starts_with_the_first_segment() -> No
         pytest.param([text(6)], [Part(0, 8, 0, 0)], id="exactly S"),
         # 9 tokens in 2 parts: 5 and 4, equally long within one token.
         pytest.param([text(7)], [Part(0, 5, 0, 0), Part(5, 9, 0, 0)], id="one more than S"),
-        # 22 tokens in 3 parts of 8, 8, 6.
-        pytest.param([text(20)], [Part(0, 8, 0, 0), Part(8, 16, 0, 0), Part(16, 22, 0, 0)], id="three parts"),
-        # bos, 3 of image, 4 of text, 3 of image, eos = 12: parts of 6; the second image begins at 8.
+        # 22 tokens in 3 parts: cuts at 7 1/3 and 14 2/3.
+        pytest.param([text(20)], [Part(0, 7, 0, 0), Part(7, 15, 0, 0), Part(15, 22, 0, 0)], id="three parts"),
+        # bos, 3 of image, 4 of text, 3 of image, eos = 12: two halves alike.
         pytest.param(
             [image(2, 2), text(4), image(2, 2)], [Part(0, 6, 0, 1), Part(6, 12, 1, 2)], id="between images"
         ),
         # bos + 5 text + 4 of image + eos = 11: the image would end at 10 > S, so it goes to the next part.
         pytest.param([text(5), image(2, 4)], [Part(0, 6, 0, 0), Part(6, 11, 0, 1)], id="before an image"),
-        # bos + 6 of images, 8 of text, 3 of image, eos = 19: parts of 7; behind a cut all rows are free again.
+        # bos + 6 of images, 8 of text, 3 of image, eos = 19: three equal shares would be 4, 9 > S and 6 tokens, so
+        # parts of 7; behind a cut all rows are free again.
         pytest.param(
             [image(2, 2), image(2, 2), text(8), image(2, 2)],
             [Part(0, 7, 0, 2), Part(7, 14, 2, 2), Part(14, 19, 2, 3)],
@@ -139,6 +140,16 @@ def test_a_tokenizer_without_a_begin_token_starts_with_the_first_segment() -> No
 def test_a_sample_is_cut_where_it_was_cut_by_hand(segments: list[IndexSegment], expected: list[Part]) -> None:
     # L holds one image of 4 or of 8 patches.
     assert split_sample(segments, IDS, Budget(S=8, N=2, L=8), images_per_row=1) == expected
+
+
+def test_parts_are_equal_in_tokens_and_patches_together() -> None:
+    # bos, 3 images of 6 tokens and 16 patches, 40 of text, eos. In shares of S * N * L = 50 * 32: 32 a token, 50 a
+    # patch, 4320 in all. Half is 2160; the third image has its middle at 32 + 2.5 * 992 = 2512, behind it.
+    segments = [image(4, 4)] * 3 + [text(40)]
+    assert split_sample(segments, IDS, Budget(S=50, N=1, L=32)) == [Part(0, 13, 0, 2), Part(13, 60, 2, 3)]
+    # 20 tokens of text before: 640 more, half is 2480; the middles of the second and third are at 2160 and 3152.
+    longer = [text(20), *segments]
+    assert split_sample(longer, IDS, Budget(S=50, N=1, L=32)) == [Part(0, 33, 0, 2), Part(33, 80, 2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +285,5 @@ def test_parts_of_plain_text_are_as_few_as_can_be_and_equally_long(tokens: int, 
     assert isinstance(parts, list)
     lengths = [p.end - p.start for p in parts]
     assert len(lengths) == -(-(tokens + 2) // room)  # bos and eos
-    assert max(lengths) - min(lengths) < len(lengths)
+    assert max(lengths) - min(lengths) <= 1
     assert lengths[-1] > 1  # never <eos> alone
-    assert len(set(lengths[:-2])) <= 1
