@@ -445,7 +445,9 @@ def fill_packs(pool: Pool, pieces: Pieces, cost: int, pack_n: npt.NDArray[np.int
     rows, trial = empty_rows(limits.N, limits.L), empty_rows(limits.N, limits.L)
     work = Work(rows, trial, chosen_d)
     left = np.array([pieces.tokens_n.sum(), cost], np.int64)
-    return int(_fill_packs(pool, tops, pieces, pack_n, limits, work, left, left.copy()))
+    packs = int(_fill_packs(pool, tops, pieces, pack_n, limits, work, left, left.copy()))
+    assert packs >= 0, "a piece does not fit an empty pack"
+    return packs
 
 
 @compiled
@@ -459,7 +461,7 @@ def _fill_packs(
     left: npt.NDArray[np.int64],
     at_first: npt.NDArray[np.int64],
 ) -> int:
-    """Ends because each pack takes its first piece at least."""
+    """Ends because each pack takes its first piece at least; -1 if one does not fit."""
     packs, placed, usual_image, emptied = 0, 0, 0, True
     while placed < len(pack_n):
         aim = _aim(left, at_first, limits)
@@ -473,6 +475,8 @@ def _fill_packs(
         if limits.N > 1 and packs % USUAL_FOR == 0:
             usual_image = median_image(tops)
         depth = _choose_pieces(pool, tops, pieces, aim, limits, work, usual_image, packs)
+        if depth == 0:
+            return -1
         _reset_rows(work.rows, limits.L)
         emptied = False
         for d in range(depth):
