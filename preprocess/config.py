@@ -172,6 +172,7 @@ class PreprocessConfig:
     """A whole run. Relative paths are relative to the working directory."""
 
     output: str
+    # A directory with tokenizer.json and tokenizer_config.json, or its URI in a store, which workers read, too.
     tokenizer: str
     sources: dict[str, AnySource]
     budget: BudgetConfig

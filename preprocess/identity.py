@@ -24,6 +24,7 @@ from shared.config import to_dict
 from shared.dataset import MANIFEST
 from shared.errors import UserError
 from shared.files import canonical_json, exists, list_tree, read_json, remove, remove_tree, sha256, write_json
+from shared.remote import is_remote
 from shared.schema import FORMAT_VERSION
 
 IDENTITY = "identity.json"
@@ -67,7 +68,8 @@ def _inputs(config: PreprocessConfig, units: Sequence[IndexedUnit]) -> list[list
     files = [(unit.source, unit.unit) for unit in units] + [
         (name, str(file))
         for name, source in config.sources.items()
-        for file in source.files(Path(config.tokenizer))
+        # Of a tokenizer in a store its own hash tells.
+        for file in ([] if is_remote(config.tokenizer) else source.files(Path(config.tokenizer)))
     ]
     states = file_states([path for _, path in files])
     return [[*file, *state] for file, state in zip(files, states, strict=True)]

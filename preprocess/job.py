@@ -36,6 +36,7 @@ from preprocess.progress import track
 from preprocess.scan import ScanUnit, scan_unit
 from preprocess.sources import open_source
 from preprocess.sources.base import SourceContext
+from preprocess.tokenizer_copy import TokenizerFiles, copy_tokenizer, find_tokenizer, scan_with_copy
 from shared.codecs import require_libraries
 from shared.config import to_toml
 from shared.dataset import MANIFEST, describe_contract, fingerprint_of
@@ -51,7 +52,7 @@ from shared.files import (
     write_json,
 )
 from shared.geometry import Budget
-from shared.remote import as_path, is_remote
+from shared.remote import as_path, is_remote, shown
 from shared.tokens import TextTokenizer, kept_files, load_tokenizer, tokenizer_hash
 
 # What a job writes below its output: nothing else there is ever touched.
@@ -74,15 +75,34 @@ class Job:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         """Its hash covers the templates that sources name, as they are part of it in the data set."""
-        directory = Path(self.config.tokenizer)
-        found = load_tokenizer(directory, self.config.tokens)
+        directory = self.tokenizer_directory
+        try:
+            found = load_tokenizer(directory, self.config.tokens)
+        except UserError as error:
+            # A copy's own name says nothing.
+            raise UserError(str(error).replace(str(directory), shown(self.config.tokenizer))) from None
         sha256 = tokenizer_hash(directory, self._source_files)
         return replace(found, ids=replace(found.ids, tokenizer_sha256=sha256))
+
+    @cached_property
+    def tokenizer_directory(self) -> Path:
+        """On this machine: the config's, or a copy of it."""
+        if self._tokenizer_files is not None:
+            return copy_tokenizer(self._tokenizer_files)
+        return Path(self.config.tokenizer).absolute()
+
+    @cached_property
+    def _tokenizer_files(self) -> TokenizerFiles | None:
+        """What workers copy of a tokenizer that lies in a store."""
+        if not is_remote(self.config.tokenizer):
+            return None
+        named = [file for source in self.config.sources.values() for file in source.files(Path())]
+        return find_tokenizer(self.config.tokenizer, [str(file) for file in named if not file.is_absolute()])
 
     @property
     def _source_files(self) -> dict[str, list[Path]]:
         """Files that decide how a source is read, such as its chat template."""
-        directory = Path(self.config.tokenizer)
+        directory = self.tokenizer_directory
         return {name: source.files(directory) for name, source in self.config.sources.items()}
 
     @cached_property
@@ -144,7 +164,7 @@ class Job:
         ]
 
     def _context(self, name: str) -> SourceContext:
-        return SourceContext(name, Path(self.config.tokenizer).absolute(), self.config.tokens)
+        return SourceContext(name, self.tokenizer_directory, self.config.tokens)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -187,7 +207,7 @@ class Job:
                 # A worker has a directory of its own.
                 unit=unit.unit if is_remote(unit.unit) else os.path.abspath(unit.unit),
                 output=unit.path.absolute(),
-                tokenizer=Path(self.config.tokenizer).absolute(),
+                tokenizer=self.tokenizer_directory,
                 tokens=self.config.tokens,
                 geometry=self.config.geometry,
                 limits=self.config.limits,
@@ -197,7 +217,14 @@ class Job:
             for unit in self.units
             if unit.path not in done
         ]
-        _run(executor, scan_unit, tasks, label="scan", total=len(self.units))
+        files = self._tokenizer_files
+        _run(
+            executor,
+            scan_unit if files is None else partial(scan_with_copy, files),
+            tasks,
+            label="scan",
+            total=len(self.units),
+        )
         counts = scan_counts(self.units)
         check_scan(counts, self.config.sources)
         if not any(line.read for line in counts.values()):
@@ -282,7 +309,7 @@ class Job:
             read_result=lambda shard: read_json(self._result_path(shard)),
             contract=self.contract,
             codec_settings=self.identity["codec_settings"],
-            tokenizer=kept_files(Path(self.config.tokenizer), self._source_files),
+            tokenizer=kept_files(self.tokenizer_directory, self._source_files),
         )
 
     def _result_path(self, shard: str) -> Path:
