@@ -92,7 +92,7 @@ def split_sample(
         return "L"
     if any(image.tokens > budget.S for image in images):
         return "S"
-    parts = _cut_where_full(segments, ids, budget, images_per_row)
+    parts = cut_where_full(segments, ids, budget, images_per_row)
     if len(parts) == 1:
         return parts
     fits = _Fits([image.patches for image in images], image_starts(segments, ids), budget, images_per_row)
@@ -100,7 +100,7 @@ def split_sample(
     return _give_labels(parts, segments, ids, fits)
 
 
-def _cut_where_full(
+def cut_where_full(
     segments: Sequence[IndexSegment], ids: TokenIds, budget: Budget, images_per_row: int
 ) -> list[Part]:
     """An image goes to the next part when tokens or vision rows run out; text, when it reaches an equal length."""
