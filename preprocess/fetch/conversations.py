@@ -8,7 +8,7 @@
 
 All else of a record is as it was, pictures by path and data: URLs too; of tables, as JSON has it, bytes of pictures as
 data: URLs. Where a picture could not be fetched stands "", which the chat source takes for a missing picture. What
-base 64 adds to the bytes, Zstandard takes off again.
+base 64 adds to the bytes, Zstandard takes off again: 1.004 bytes per byte of noise (benchmarks/fetch.py).
 """
 
 from __future__ import annotations
