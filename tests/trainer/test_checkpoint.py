@@ -201,6 +201,14 @@ def test_a_full_disk_is_one_line_and_the_checkpoints_before_stay(tmp_path: Path,
     assert load_checkpoint(first, *make_trained(seed=2), WORLD) == {"step": 7}
 
 
+def test_a_state_that_cannot_be_written_is_a_defect_and_no_damage(tmp_path: Path) -> None:
+    state: dict[str, object] = {"step": 9}
+    state["itself"] = state
+    with pytest.raises(ValueError, match="Circular") as caught:
+        save_checkpoint(tmp_path, *make_trained(seed=1), state, WORLD, keep=1)
+    assert not isinstance(caught.value, UserError)
+
+
 def test_a_file_where_the_directory_should_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match=r"step_00000009 cannot be written .*Not a directory"):
