@@ -86,7 +86,8 @@ def _manifest_only(source: Path) -> Generator[DataSet, None, None]:
     with tempfile.TemporaryDirectory(prefix="parquetry-") as name:
         _copy_manifest(source, Path(name))
         try:
-            dataset = open_dataset(Path(name))
+            # No shard of it is opened, however many there are.
+            dataset = open_dataset(Path(name), lambda shard: None)
         except UserError as error:
             raise UserError(str(error).replace(name, shown(source))) from None
         yield dataset

@@ -120,7 +120,12 @@ def require_writable(path: Path) -> None:
 def shown(uri: Path | str) -> str:
     """A URI for people: without user, password and signature."""
     text = re.sub(r"^(\w[\w+.-]*://)[^/@]*@", r"\1", str(uri))
-    return text.partition("?")[0] if text.startswith("http") else text
+    return without_query(text)
+
+
+def without_query(path: str) -> str:
+    """A path or URI whose end is the file's name: a signed URL has its signature behind that."""
+    return path.partition("?")[0] if _protocol(path) in ("http", "https") else path
 
 
 def state_of(uri: str) -> ObjectState:

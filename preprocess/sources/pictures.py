@@ -23,7 +23,7 @@ from typing import Any, cast
 from preprocess.inputs import Span
 from preprocess.samples import IMAGE, OVER_MAX_IMAGES, VIDEO, Media, Missing, Place
 from shared import remote
-from shared.remote import is_remote
+from shared.remote import is_remote, without_query
 
 # A name in a directory has at most 255 characters, and that of a picture a dot, which base64 has not.
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}={0,2}\s*")
@@ -56,7 +56,11 @@ def over_max_images(place: int, limit: int) -> Missing | None:
 
 def picture_root(unit: str, image_root: str) -> str:
     """Where relative paths in a raw file begin: `image_root`, which may be relative to the file's own folder."""
-    return image_root if is_remote(image_root) else os.path.join(os.path.dirname(unit), image_root)
+    return (
+        image_root
+        if is_remote(image_root)
+        else os.path.join(os.path.dirname(without_query(unit)), image_root)
+    )
 
 
 def picture(value: Any, root: str) -> Media | Missing:

@@ -26,7 +26,7 @@ from preprocess.sources.base import BadFileError
 from preprocess.sources.lines import json_records, line_records, separated_records
 from preprocess.sources.record import Damage, Record, Value
 from preprocess.sources.tables import arrow_records, parquet_records
-from shared.remote import shown
+from shared.remote import shown, without_query
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -40,7 +40,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 def container_of(path: str) -> str:
     """The suffix in `SUFFIXES` that a file's name ends in, compression set aside; "" when it ends in none."""
-    name = Path(path.lower())
+    name = Path(without_query(path).lower())
     suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
     return suffix if suffix in (TEXT_SUFFIXES if name.suffix in PACKED else SUFFIXES) else ""
 
@@ -96,7 +96,7 @@ def keyed_records(
 
 def unpacked(unit: str, file: BinaryIO) -> io.BufferedReader:
     """The content of a file whose name may end in .gz or .zst. A stream that is cut off is an error, not an end."""
-    codec = PACKED.get(Path(unit.lower()).suffix)
+    codec = PACKED.get(Path(without_query(unit).lower()).suffix)
     raw: Any = file if codec is None else _Unpacked(pa.CompressedInputStream(pa.PythonFile(file, "r"), codec))
     return io.BufferedReader(raw, 1 << 20)
 

@@ -181,6 +181,15 @@ def test_a_download_that_stops_leaves_no_manifest_of_the_data_set_it_replaces(
     assert not manifest.exists()
 
 
+def test_a_download_opens_no_shard_and_so_takes_more_shards_than_files_can_be_open(
+    local: PreprocessConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.dataset.allow_open_files", lambda needed: 10)
+    with pytest.raises(UserError, match="open files, the limit is 10"):
+        open_dataset(local.output)
+    assert download_dataset(Path(local.output), tmp_path / "copy")["shards"] > 1
+
+
 def test_what_trains_says_how_to_copy_a_data_set_that_is_in_a_store(whole: PreprocessConfig) -> None:
     with pytest.raises(UserError, match=r"python -m preprocess download s3://bucket/whole/out DIRECTORY"):
         open_dataset(whole.output)

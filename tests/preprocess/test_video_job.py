@@ -98,6 +98,14 @@ def test_videos_on_a_web_server_are_those_of_this_machine(
     raw: Path, serial: PreprocessConfig, tmp_path: Path
 ) -> None:
     with web_server(raw) as web:
-        config = replace(serial, output=str(tmp_path / "out"), sources=sources(web.address))
-        run_job(config)
-    assert shards(config) == shards(serial)
+        named = sources(web.address)
+        # A signed URL: its query holds slashes, and is no part of the name.
+        signed = {
+            name: replace(source, paths=(f"{source.paths[0]}?X-Amz-Credential=k/s3/v4&X-Amz-Signature=0.x",))
+            for name, source in named.items()
+        }
+        signed["tables"] = replace(signed["tables"], image_root="clips")
+        for name, chosen in (("named", named), ("signed", signed)):
+            config = replace(serial, output=str(tmp_path / name), sources=chosen)
+            run_job(config)
+            assert shards(config) == shards(serial), name
