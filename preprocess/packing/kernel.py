@@ -554,10 +554,8 @@ def _aim(left: npt.NDArray[np.int64], at_first: npt.NDArray[np.int64], limits: L
 
 @compiled
 def _put_top(c: int, pool: Pool, tops: Tops, pieces: Pieces, rows: Rows, limits: Limits) -> bool:
-    """Put the images of a top into rows, or none of them."""
+    """Put the images of a top that `may_fit` into rows, or none of them."""
     if limits.one_row:
-        if tops.patches_c[c] > rows.free_N[0]:
-            return False
         rows.free_N[0] -= tops.patches_c[c]
         return True
     return place_images(int(pool.piece_n[pool.next_c[c]]), pieces, rows, limits.images_per_row)

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.packing import Packing, pack_pieces, surely_fit
+from preprocess.packing.kernel import Aim, Rows, Tops, measure_gaps
 from preprocess.stream import place_in_rows
 from shared.geometry import Budget
 
@@ -220,6 +221,17 @@ def test_what_fits_surely_fits(patches: list[int], rows: int, images_per_row: in
             placed = place_in_rows(placed, count, budget, images_per_row)
         assert placed is not None
         assert all(sum(row) <= 40 for row in placed) and len(placed) <= rows
+
+
+def test_a_gap_is_what_the_fullest_row_that_takes_the_image_has_left_then() -> None:
+    columns = np.zeros((8, 5), np.int32)
+    tops = Tops(*columns)
+    tops.largest_c[:] = [20, 0, 90, 120, 60]
+    rows = Rows(np.array([30, 30, 100, 10]), np.zeros(4, np.int64), np.zeros((4, 2), np.int64))
+    aim = Aim(x_per_token=1.0, y_per_cost=2.0, price_x=np.int32(1), price_y=np.int32(1), enough=0)
+    measure_gaps(rows, 0, 25, tops, aim)
+    # 30 - 20 and 100 - 90, two units each; no image; no row takes 120; 100 - 60 is no gap to an image of 25.
+    assert tops.gap_c.tolist() == [20, 0, 20, 0, 0]
 
 
 def test_the_same_pieces_give_the_same_packs() -> None:
