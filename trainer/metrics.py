@@ -54,6 +54,7 @@ class StepStats:
     labels: int
     tokens: int
     patches: int
+    cost_imbalance: float
     wait_s: float
 
 
@@ -76,6 +77,7 @@ def read_rows(pending: Sequence[StepStats], seconds: float, world: World) -> lis
             "labels": stats.labels,
             "tokens": stats.tokens,
             "patches": stats.patches,
+            "cost_imbalance": stats.cost_imbalance,
             "data_wait_s": stats.wait_s,
             **rates,
         }

@@ -25,6 +25,7 @@ def stats(step: int) -> StepStats:
         labels=3,
         tokens=100,
         patches=50,
+        cost_imbalance=1.25,
         wait_s=0.001,
     )
 
@@ -54,6 +55,7 @@ def test_every_step_has_its_row_and_lines_that_stay_come_seldom(
     assert newest["tokens_per_s"] == pytest.approx(100, rel=0.05) and newest["step_s"] == pytest.approx(
         1, rel=0.05
     )
+    assert {row["cost_imbalance"] for row in rows if row["kind"] == "train"} == {1.25}
     # Read after steps 2, 3 and 4; printed after every second step.
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step  2/10  loss 2.0000  grad 2.000  lr 1.00e-01")

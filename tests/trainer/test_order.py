@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import deal_packs, epoch_order, packs_of_step
+from trainer.data.order import cost_imbalance, deal_packs, epoch_order, packs_of_step
 
 
 @pytest.mark.parametrize(("num_packs", "packs_per_step"), [(12, 4), (10, 4), (3, 8), (1, 1)])
@@ -64,3 +64,6 @@ def test_each_round_of_microbatches_evens_out_the_sums_of_the_rounds_before() ->
     # Rounds (8, 7) and (2, 1): the rank that got 8 gets 1.
     dealt = deal_packs(np.array([2, 8, 1, 7]), dp_size=2, accumulation=2, packs_per_microbatch=1)
     assert dealt.tolist() == [[[1], [2]], [[3], [0]]]
+    # Sums 8 + 1 and 7 + 2; and 8 + 2 beside 7 + 1, whose mean is 9.
+    assert cost_imbalance(np.array([2, 8, 1, 7]), dealt) == 1.0
+    assert cost_imbalance(np.array([2, 8, 1, 7]), np.array([[[1], [0]], [[3], [2]]])) == 10 / 9

@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from shared.dataset import DataSet
 from trainer.data.batch import Batch, assemble_batch, used_tokens
-from trainer.data.order import deal_packs, packs_of_step
+from trainer.data.order import cost_imbalance, deal_packs, packs_of_step
 
 # Steps kept ready: one being consumed, one waiting. More only costs memory.
 STEPS_AHEAD = 2
@@ -35,6 +35,8 @@ class Step:
     num_labels: int
     num_tokens: int
     num_patches: int
+    cost_imbalance: float
+    """Modelled cost of the costliest rank of this step, to the mean over all."""
     wait_s: float
 
 
@@ -90,14 +92,7 @@ class Loader:
             step, copied = entry
             if copied is not None:
                 _hand_over(step, copied)
-            yield Step(
-                step.index,
-                step.microbatches,
-                step.num_labels,
-                step.num_tokens,
-                step.num_patches,
-                wait_s=time.perf_counter() - begin,
-            )
+            yield replace(step, wait_s=time.perf_counter() - begin)
 
     def close(self) -> None:
         self._stopped.set()
@@ -123,15 +118,16 @@ class Loader:
     def _load(self, index: int) -> tuple[Step, torch.cuda.Event | None]:
         """Assemble the step and start its copy to the device."""
         chosen = packs_of_step(self.packs_total, self.packs_per_step, self._seed, index)
-        dealt = deal_packs(
-            self._dataset.costs(self._split, chosen),
+        costs = self._dataset.costs(self._split, chosen)
+        table = deal_packs(
+            costs,
             dp_size=self._dp_size,
             accumulation=self._accumulation,
             packs_per_microbatch=self._packs_per_microbatch,
-        )[self._dp_rank]
+        )
         batches: list[Batch] = []
         labels = tokens = patches = 0
-        for microbatch in dealt:
+        for microbatch in table[self._dp_rank]:
             packs = [self._dataset.pack(self._split, int(number)) for number in chosen[microbatch]]
             batch = assemble_batch(
                 packs,
@@ -147,13 +143,14 @@ class Loader:
             tokens += sum(used_tokens(pack, self._dataset.tokens.pad) for pack in packs)
             patches += sum(pack.num_patches for pack in packs)
             batches.append(batch)
+        imbalance = cost_imbalance(costs, table)
         if self._copies is None:
-            return Step(index, batches, labels, tokens, patches, wait_s=0.0), None
+            return Step(index, batches, labels, tokens, patches, imbalance, wait_s=0.0), None
         with torch.cuda.stream(self._copies):
             batches = [batch.to(self._device) for batch in batches]
             copied = torch.cuda.Event()
             copied.record(self._copies)
-        return Step(index, batches, labels, tokens, patches, wait_s=0.0), copied
+        return Step(index, batches, labels, tokens, patches, imbalance, wait_s=0.0), copied
 
 
 def _hand_over(step: Step, copied: torch.cuda.Event) -> None:

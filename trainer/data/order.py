@@ -33,6 +33,12 @@ def packs_of_step(num_packs: int, packs_per_step: int, seed: int, step: int) -> 
     return packs
 
 
+def cost_imbalance(costs: npt.NDArray[np.int64], dealt: npt.NDArray[np.int64]) -> float:
+    """Largest modelled cost of one rank in a step, to the mean; `dealt` as `deal_packs` returns it."""
+    cost_r = costs[dealt].sum(axis=(1, 2))
+    return float(cost_r.max() / cost_r.mean())
+
+
 def deal_packs(
     costs: npt.NDArray[np.int64], *, dp_size: int, accumulation: int, packs_per_microbatch: int
 ) -> npt.NDArray[np.int64]:
