@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.packing import Packing, pack_pieces, surely_fit
-from preprocess.packing.kernel import Aim, Rows, Tops, measure_gaps
+from preprocess.packing.kernel import Aim, Pieces, Rows, Tops, measure_gaps, order_images
 from preprocess.stream import place_in_rows
 from shared.geometry import Budget
 
@@ -223,6 +223,14 @@ def test_what_fits_surely_fits(patches: list[int], rows: int, images_per_row: in
         assert all(sum(row) <= 40 for row in placed) and len(placed) <= rows
 
 
+def test_images_of_a_piece_are_ordered_largest_first_and_equal_ones_as_in_the_document() -> None:
+    pieces = Pieces(
+        *columns([(5, [4, 9, 9, 1]), (5, []), (5, [2, 3])]), np.empty(6, np.int32), np.empty(0, np.int32)
+    )
+    order_images(pieces)
+    assert pieces.order_i.tolist() == [1, 2, 0, 3, 1, 0]
+
+
 def test_a_gap_is_what_the_fullest_row_that_takes_the_image_has_left_then() -> None:
     columns = np.zeros((8, 5), np.int32)
     tops = Tops(*columns)
@@ -402,6 +410,15 @@ def test_rows_of_more_patches_than_32_bits_count_are_packed_as_well() -> None:
     packing = pack(pieces, budget)
     check(pieces, packing, budget)
     assert packing.num_packs == 4
+
+
+def test_one_row_of_more_patches_than_32_bits_count_is_filled_to_the_patch() -> None:
+    # Counted in 2048 patches both halves are 2^28, which is 2^29 together and fits; they are 2000 patches too large.
+    budget = Budget(S=100, N=1, L=1 << 40)
+    over: list[Piece] = [(10, [(1 << 39) + 1000])] * 2
+    assert pack(over, budget).num_packs == 2
+    exact: list[Piece] = [(10, [(1 << 39) + 1000]), (10, [(1 << 39) - 1000])]
+    assert pack(exact, budget).num_packs == 1
 
 
 def test_an_s_beyond_what_is_counted_is_refused() -> None:
