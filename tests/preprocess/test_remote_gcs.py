@@ -121,6 +121,7 @@ def test_what_another_process_writes_and_removes_is_seen(gs: str) -> None:
     directory = as_path(f"{ROOT}/listed")
     remote.write_bytes(f"{directory}/a", b"1")
     assert existing([directory / "a", directory / "b"]) == {directory / "a"}
+    assert remote.find(f"{directory}/*") == [f"{directory}/a"]
     code = f"from shared import remote; remote.write_bytes('{directory}/b', b'2'); remote.remove('{directory}/a')"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
     assert existing([directory / "a", directory / "b"]) == {directory / "b"}
