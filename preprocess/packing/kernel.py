@@ -558,6 +558,11 @@ def _put_top(c: int, pool: Pool, tops: Tops, pieces: Pieces, rows: Rows, limits:
     if limits.one_row:
         rows.free_N[0] -= tops.patches_c[c]
         return True
+    if tops.largest_c[c] == tops.patches_c[c] and limits.images_per_row == 0 and limits.shift == 0:
+        row = _tightest_row(rows, tops.patches_c[c])  # one image, or none: most pieces
+        if row >= 0:
+            rows.free_N[row] -= tops.patches_c[c]
+        return row >= 0
     return place_images(int(pool.piece_n[pool.next_c[c]]), pieces, rows, limits.images_per_row)
 
 
