@@ -40,7 +40,7 @@ from PIL import Image
 from preprocess.config import ImageConfig, ImageLimits
 from preprocess.images import decode, load_image, read_header, resize
 from preprocess.images.colour import profile_of
-from shared.geometry import Geometry, patchify, resize_grid, row_offsets
+from shared.geometry import Geometry, resize_grid, row_offsets, write_patches
 from shared.schema import IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
 from shared.tokens import TextTokenizer, load_tokenizer
@@ -220,16 +220,16 @@ def write_shard(
     patches = images["h"].astype(np.int64) * images["w"]
     images["offset"] = row_offsets(images["row"], patches)
     images["nbytes"] = patches * geometry.values_per_patch
-    patches_XP = np.empty((int(patches.sum()), geometry.values_per_patch), np.uint8)
+    writer = ShardWriter(path, len(tokens_S), "")
+    patches_XP = writer.room(int(images["nbytes"].sum())).reshape(-1, geometry.values_per_patch)
     begin = 0
     for p, grid, count in zip(pictures, grids, patches.tolist(), strict=True):
-        view = patchify(load_one(p, grid, geometry, CONFIG)[None], geometry)
-        patches_XP[begin : begin + count].reshape(view.shape)[...] = view
+        frame = load_one(p, grid, geometry, CONFIG)
+        write_patches(frame[None], geometry, patches_XP[begin : begin + count])
         begin += count
     starts = np.cumsum([0] + [len(text) for text in texts]).tolist()
     documents = [Document(starts[i], len(text), "benchmark", str(i), 0) for i, text in enumerate(texts)]
     positions_S = np.arange(len(tokens_S), dtype=np.int32)
-    writer = ShardWriter(path, len(tokens_S), "")
     writer.append(Pack(tokens_S, tokens_S, positions_S, patches_XP, images, 0), documents)
     writer.close()
 

@@ -34,7 +34,7 @@ from preprocess.video import load_video
 from shared.codecs import ImageEncoder, image_encoder, store_patches
 from shared.errors import UserError
 from shared.files import atomic_path, file_checksum, write_json
-from shared.geometry import Budget, Geometry, patchify, row_offsets
+from shared.geometry import Budget, Geometry, row_offsets, write_patches
 from shared.remote import is_remote
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
@@ -165,7 +165,7 @@ def pack_shard(task: PackTask) -> int:
             members = [member for member in loaded if member is not None]
             if not members:
                 continue
-            pack, documents = _assemble(members, task, encode)
+            pack, documents = _assemble(members, task, encode, writer)
             writer.append(pack, documents)
             for member in members:
                 packed[member.piece.source]["whole" if member.piece.parts == 1 else "parts"] += 1
@@ -310,7 +310,7 @@ def _load_frames(
 
 
 def _assemble(
-    members: Sequence[PackedPiece], task: PackTask, encode: ImageEncoder | None
+    members: Sequence[PackedPiece], task: PackTask, encode: ImageEncoder | None, writer: ShardWriter
 ) -> tuple[Pack, list[Document]]:
     budget = task.budget
     tokens_S = np.full(budget.S, task.ids.pad, np.int32)
@@ -331,7 +331,7 @@ def _assemble(
         start += length
     positions_S[start:] = np.arange(budget.S - start)
     images.sort(key=lambda placed: placed[0].row)  # stable: document order inside a row
-    table, patches_XP = _assemble_vision(images, task.geometry)
+    table, patches_XP = _assemble_vision(images, task.geometry, writer)
     stored = store_patches(patches_XP, table, encode)
     lengths = [document.length for document in documents]
     # Attention is inside a frame.
@@ -341,9 +341,9 @@ def _assemble(
 
 
 def _assemble_vision(
-    images: Sequence[tuple[LoadedImage, int]], geometry: Geometry
+    images: Sequence[tuple[LoadedImage, int]], geometry: Geometry, writer: ShardWriter
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-    """The images column and the patch blob uint8 [valid patches, P]; every patch is copied once."""
+    """The images column and the patch blob uint8 [valid patches, P]; every patch is copied once, to its place."""
     table = np.zeros(len(images), IMAGE_DTYPE)
     for column, values in (
         ("token_start", [start for _, start in images]),
@@ -352,10 +352,10 @@ def _assemble_vision(
         table[column] = values
     patches = np.array([image.patches for image, _ in images], np.int64)
     table["offset"] = row_offsets(table["row"], patches)
-    patches_XP = np.empty((int(patches.sum()), geometry.values_per_patch), np.uint8)
+    shape = (int(patches.sum()), geometry.values_per_patch)
+    patches_XP = writer.room(shape[0] * shape[1]).reshape(shape)
     start = 0
     for image, _ in images:
-        view = patchify(image.frames_thwc, geometry)
-        patches_XP[start : start + image.patches].reshape(view.shape)[...] = view
+        write_patches(image.frames_thwc, geometry, patches_XP[start : start + image.patches])
         start += image.patches
     return table, patches_XP

@@ -194,6 +194,26 @@ def patchify(frames_thwc: npt.NDArray[np.uint8], geometry: Geometry) -> npt.NDAr
     )
 
 
+def write_patches(
+    frames_thwc: npt.NDArray[np.uint8], geometry: Geometry, out_NP: npt.NDArray[np.uint8]
+) -> None:
+    """The one copy of a picture into its place: uint8 [T, h*p, w*p, 3] -> uint8 [t*h*w, P], contiguous.
+
+    What assigning `patchify` does, in two thirds of its time: the pixels of one line of a patch lie side by side
+    here and there, and are moved as one item.
+    """
+    line = np.dtype((np.void, CHANNELS * geometry.patch_size))
+    lines = rearrange(
+        frames_thwc.reshape(*frames_thwc.shape[:2], -1).view(line),
+        "(t pt) (h mh ph) (w mw) -> t h w mh mw pt ph",
+        pt=geometry.temporal_patch_size,
+        mh=geometry.merge,
+        mw=geometry.merge,
+        ph=geometry.patch_size,
+    )
+    out_NP.reshape(-1).view(line).reshape(lines.shape)[...] = lines
+
+
 def unpatchify(
     patches_NP: npt.NDArray[np.uint8], t: int, h: int, w: int, geometry: Geometry
 ) -> npt.NDArray[np.uint8]:

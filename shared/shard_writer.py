@@ -8,6 +8,7 @@ both limits are set beyond what a row group can hold here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,9 @@ PAGE_BYTES = 1 << 30
 class ShardWriter:
     """Append packs, then `close()`. The caller gives a temporary path and renames it (shared.files).
 
+    The patches of a row group are gathered in one buffer, which serves all row groups: fresh memory costs more than
+    what is written to it.
+
     Raises:
         ValueError: a pack does not have S tokens, or its arrays are not int32 / uint8 and contiguous.
         UserError: a pack's patches are more than one Parquet value holds.
@@ -52,9 +56,22 @@ class ShardWriter:
             store_schema=True,
         )
         self._packs: list[Pack] = []
+        self._checksums: list[int] = []
         self._documents: list[Sequence[Document]] = []
         self._bytes = 0
+        # The last pack of a row group reaches beyond its size; memory that nobody writes to takes none.
+        self._patches = np.empty(2 * ROW_GROUP_BYTES, np.uint8)
+        self._ends = [0]
         self.num_packs = 0
+
+    def room(self, num_bytes: int) -> np.ndarray:
+        """The place of the next pack's patches, uint8 [num_bytes]: what is written there, `append` need not copy."""
+        start = self._ends[-1]
+        if start + num_bytes > len(self._patches):
+            patches = np.empty(start + num_bytes, np.uint8)
+            patches[:start] = self._patches[:start]
+            self._patches = patches
+        return self._patches[start : start + num_bytes]
 
     def append(self, pack: Pack, documents: Sequence[Document]) -> None:
         for name in TOKEN_COLUMNS:
@@ -76,9 +93,14 @@ class ShardWriter:
                 f"pack {self.num_packs}: its patches take {pack.stored.nbytes} bytes, a Parquet value holds less "
                 f"than {MAX_BLOB_BYTES}; lower budget.N or budget.L"
             )
-        self._packs.append(pack)
+        room = self.room(pack.stored.nbytes)
+        if room.ctypes.data != pack.stored.ctypes.data:
+            room[:] = pack.stored.reshape(-1)
+        self._ends.append(self._ends[-1] + room.nbytes)
+        self._checksums.append(pack.checksum())  # while its bytes are in the processor's cache
+        self._packs.append(replace(pack, stored=room[:0]))  # theirs may go
         self._documents.append(documents)
-        self._bytes += 12 * self._num_tokens_per_pack + pack.stored.nbytes
+        self._bytes += 12 * self._num_tokens_per_pack + room.nbytes
         self.num_packs += 1
         if self._bytes >= ROW_GROUP_BYTES or len(self._packs) >= ROW_GROUP_PACKS:
             self._flush()
@@ -92,15 +114,15 @@ class ShardWriter:
             return
         columns = [_fixed_column([getattr(p, f"{name}_S") for p in self._packs]) for name in TOKEN_COLUMNS]
         columns += [
-            _binary_column([p.stored for p in self._packs]),
+            _binary_column(self._patches, self._ends),
             _images_column(self._packs, self._schema.field("images").type),
             _documents_column(self._documents, self._schema.field("documents").type),
             pa.array([p.cost for p in self._packs], pa.int64()),
-            pa.array([p.checksum() for p in self._packs], pa.uint64()),
+            pa.array(self._checksums, pa.uint64()),
         ]
         table = pa.Table.from_arrays(columns, schema=self._schema)
         self._writer.write_table(table, row_group_size=len(self._packs))
-        self._packs, self._documents, self._bytes = [], [], 0
+        self._packs, self._checksums, self._documents, self._bytes, self._ends = [], [], [], 0, [0]
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
@@ -120,13 +142,9 @@ def _fixed_column(rows: list[np.ndarray]) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, pa.py_buffer(values)])
 
 
-def _binary_column(blobs: list[np.ndarray]) -> pa.Array:
-    offsets = np.zeros(len(blobs) + 1, np.int64)
-    np.cumsum([blob.nbytes for blob in blobs], out=offsets[1:])
-    # A pack beyond the size of a row group is alone in it, and large: no second copy of that.
-    data = blobs[0].reshape(-1) if len(blobs) == 1 else np.concatenate([blob.reshape(-1) for blob in blobs])
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(blobs), buffers)
+def _binary_column(data: np.ndarray, ends: Sequence[int]) -> pa.Array:
+    buffers = [None, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(data[: ends[-1]])]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(ends) - 1, buffers)
 
 
 def _list_column(kind: pa.DataType, lengths: list[int], children: list[pa.Array]) -> pa.Array:

@@ -20,6 +20,7 @@ from shared.geometry import (
     row_offsets,
     unpatchify,
     visual_tokens,
+    write_patches,
 )
 
 # Both sides of every border of 16 and 32 pixels, and pictures far longer than high.
@@ -205,6 +206,20 @@ def test_patchify_equals_three_loops_and_unpatchify_undoes_it(pt: int, merge: in
     patches_NP = view.reshape(-1, geometry.values_per_patch)
     np.testing.assert_array_equal(patches_NP, patchify_ref(frames, geometry))
     np.testing.assert_array_equal(unpatchify(patches_NP, t, h, w, geometry), frames)
+    written_NP = np.zeros_like(patches_NP)
+    write_patches(frames, geometry, written_NP)
+    np.testing.assert_array_equal(written_NP, patches_NP)
+
+
+def test_one_picture_for_all_frames_of_a_patch_and_a_picture_seen_from_the_right_are_written_as_they_are() -> (
+    None
+):
+    geometry = Geometry(patch_size=4, temporal_patch_size=2, merge=2)
+    frame = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    for frames in (np.broadcast_to(frame, (2, *frame.shape)), np.stack([frame, frame])[:, :, ::-1]):
+        out_NP = np.zeros((24, geometry.values_per_patch), np.uint8)
+        write_patches(frames, geometry, out_NP)
+        np.testing.assert_array_equal(out_NP, patchify_ref(frames, geometry))
 
 
 def test_patch_order_by_hand() -> None:

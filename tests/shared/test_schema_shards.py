@@ -394,3 +394,28 @@ def test_a_pack_that_does_not_fit_is_refused_by_the_writer(
     with pytest.raises(ValueError, match=f"pack 0: .*{message}"):
         writer.append(change(pack), documents)
     writer.close()
+
+
+def test_packs_written_into_the_room_of_the_writer_are_those_that_are_copied_there(
+    tmp_path: Path, rows: list[PackRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_BYTES", 400)
+    copied = write_shard(tmp_path / "copied", rows)
+    writer = ShardWriter(tmp_path / "written", S, FINGERPRINT)
+    for pack, documents in rows:
+        room = writer.room(pack.stored.nbytes).reshape(pack.stored.shape)
+        room[...] = pack.stored
+        writer.append(replace(pack, stored=room), documents)
+    writer.close()
+    assert (tmp_path / "written").read_bytes() == copied.read_bytes()
+    check_round_trip(tmp_path / "written", rows)
+
+
+def test_a_pack_larger_than_the_room_that_is_left_moves_those_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        shard_writer, "ROW_GROUP_BYTES", 300
+    )  # of 96 bytes of tokens and the patches, each pack
+    rows = [make_row(0, [(2, 2)]), make_row(1, [(4, 4)] * 9), make_row(2, [(2, 2)])]  # 48, 1728 and 48 bytes
+    check_round_trip(write_shard(tmp_path / "shard.parquet", rows), rows)
