@@ -23,6 +23,7 @@ from preprocess.images.colour import follows_early, profile_of, to_srgb
 from preprocess.images.decode import decode_pixels
 from preprocess.images.errors import ImageError, reject_as
 from preprocess.images.header import Header, open_picture, read_header
+from preprocess.images.memory import LARGE_PIXELS, give_back
 from preprocess.images.resize import resize
 from shared.geometry import Geometry
 
@@ -47,6 +48,21 @@ def load_image(
     Raises:
         ImageError: beyond a limit, not of that size, or the pixels cannot be decoded, all of them.
     """
+    try:
+        return _load(data, size, grid, geometry, limits, config)
+    finally:
+        if size[0] * size[1] >= LARGE_PIXELS:
+            give_back()
+
+
+def _load(
+    data: bytes | memoryview,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    geometry: Geometry,
+    limits: ImageLimits,
+    config: ImageConfig,
+) -> npt.NDArray[np.uint8]:
     file = io.BytesIO(data)
     picture, orientation = open_picture(file, limits)
     turned = orientation >= 5
