@@ -24,8 +24,8 @@ from preprocess.config import ImageConfig, ImageLimits
 from preprocess.images import load_image, read_header
 from shared.geometry import Geometry, resize_grid
 
-# JPEG 2000 may have two thirds of it.
-SIDES = {"JPEG2000": (8_000, 5_333)}
+# JPEG 2000 may have two thirds of it, WebP seven eighths.
+SIDES = {"JPEG2000": (8_000, 5_333), "WEBP": (8_000, 7_000)}
 DEFAULT = (8_000, 8_000)
 
 # Name, Pillow's format, mode, options.

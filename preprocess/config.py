@@ -19,8 +19,8 @@ from shared.tokens import TokenNames
 class ImageLimits:
     """What is not decoded, judged from the header and the size of the file."""
 
-    # A worker of 260 MB takes 3 to 16 bytes more per pixel while it decodes, most for WebP, so that 64 megapixels
-    # keep it below 1.3 GB beside its pack. JPEG 2000 takes 24 and may have two thirds of the pixels
+    # A worker of 260 MB takes 3 to 16 bytes more per pixel while it decodes, so that 64 megapixels keep it below
+    # 1.3 GB beside its pack. JPEG 2000 takes 24 and may have two thirds of the pixels, WebP seven eighths
     # (benchmarks/image_memory.py).
     max_pixels: int = 64_000_000
     max_bytes: int = 64 << 20

@@ -31,6 +31,11 @@ FORMATS = tuple(
 HEAD_BYTES = 8192
 
 
+# Of limits.max_pixels, for formats that take more memory per pixel than others (benchmarks/image_memory.py): OpenJPEG
+# computes in 32 bits per value, Pillow holds a WebP and its decoder's copy in four channels.
+PIXEL_SHARES = {"JPEG2000": (2, 3), "WEBP": (7, 8)}
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """A picture's size in pixels as displayed."""
@@ -73,8 +78,8 @@ def open_picture(file: BinaryIO, limits: ImageLimits) -> tuple[Image.Image, int]
 
 
 def _check_size(width: int, height: int, format: str | None, limits: ImageLimits) -> None:
-    # OpenJPEG computes in 32 bits per value: by half more memory than any other (benchmarks/image_memory.py).
-    max_pixels = limits.max_pixels * 2 // 3 if format == "JPEG2000" else limits.max_pixels
+    share, of = PIXEL_SHARES.get(format or "", (1, 1))
+    max_pixels = limits.max_pixels * share // of
     short, long = min(width, height), max(width, height)
     size = f"{width} x {height} pixels"
     if short < 1:
