@@ -98,11 +98,14 @@ def _require_small_pages(
     """A page cannot be read in part, and one that is larger than memory ends the worker with all that lies behind it.
 
     Raises:
-        BadFileError: a page of the wanted columns has more than `most` bytes.
+        BadFileError: a page of the wanted columns has more than `most` bytes, or a column's name is damaged.
     """
     for number, group in enumerate(groups):
         for chunk in map(group.column, range(group.num_columns)):
-            column = chunk.path_in_schema
+            try:
+                column = chunk.path_in_schema
+            except UnicodeDecodeError as error:  # its names were checked where they stand in the schema
+                raise unreadable(unit, "Parquet file", error) from None
             wanted = columns is None or any(f"{column}.".startswith(f"{name}.") for name in columns)
             if wanted and (size := _largest_page(file, chunk, most)) > most:
                 raise BadFileError(

@@ -456,6 +456,18 @@ def test_a_page_that_memory_does_not_hold_is_refused_by_name_and_the_same_rows_i
     assert tables.max_page_bytes(tables.WORKER_BYTES + 7000) == 2000
 
 
+def test_a_damaged_name_of_a_column_in_a_row_group_is_a_damaged_file(tmp_path: Path) -> None:
+    content = parquet(pa.table({"a_text": ["x"] * 3}), store_schema=False)
+    # The name stands in the schema, and once more at the column chunk: there it is no UTF-8 now.
+    place = content.rindex(b"a_text")
+    assert content.count(b"a_text") == 2
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    with pytest.raises(BadFileError, match="not a readable Parquet file") as error:
+        list(read_records(str(path), ["a_text"], 30_000))
+    assert error.value.reason == "file_unreadable"
+
+
 def test_a_line_that_can_be_read_and_not_written_again_costs_itself(tmp_path: Path) -> None:
     """Nested as deep as Python's reader goes, with an escape that has the line checked."""
     path = tmp_path / "a.jsonl"
