@@ -19,7 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.packing import Packing, pack_pieces, surely_fit
-from preprocess.packing.kernel import Aim, Pieces, Rows, Tops, measure_gaps, order_images
+from preprocess.packing.kernel import (
+    LAG_UNIT,
+    Aim,
+    Pieces,
+    Pool,
+    Room,
+    Rows,
+    Tops,
+    first_top,
+    measure_gaps,
+    measure_lags,
+    next_top,
+    order_images,
+)
 from preprocess.stream import place_in_rows
 from shared.geometry import Budget
 
@@ -232,7 +245,7 @@ def test_images_of_a_piece_are_ordered_largest_first_and_equal_ones_as_in_the_do
 
 
 def test_a_gap_is_what_the_fullest_row_that_takes_the_image_has_left_then() -> None:
-    columns = np.zeros((8, 5), np.int32)
+    columns = np.zeros((len(Tops._fields), 5), np.int32)
     tops = Tops(*columns)
     tops.largest_c[:] = [20, 0, 90, 120, 60]
     rows = Rows(np.array([30, 30, 100, 10]), np.zeros(4, np.int64), np.zeros((4, 2), np.int64))
@@ -240,6 +253,27 @@ def test_a_gap_is_what_the_fullest_row_that_takes_the_image_has_left_then() -> N
     measure_gaps(rows, 0, 25, tops, aim)
     # 30 - 20 and 100 - 90, two units each; no image; no row takes 120; 100 - 60 is no gap to an image of 25.
     assert tops.gap_c.tolist() == [20, 0, 20, 0, 0]
+
+
+def test_a_pack_begins_with_a_smaller_piece_where_its_stratum_lags_behind() -> None:
+    tops = Tops(*np.zeros((len(Tops._fields), 3), np.int32))
+    tops.share_c[:] = [1 << 29, 1 << 28, 3 << 27]  # half a budget, a quarter, three eighths
+    assert first_top(tops) == 0
+    # Of ten pieces in each stratum 5, 5 and 6 are left, 5 of each had all kept pace: 6.5 / 5.5 - 1 is 0.18,
+    # times LAG_GAIN more than the bound of one, so that three eighths count double.
+    pool = Pool(np.zeros(30, np.int32), np.array([5, 15, 24]), np.array([10, 20, 30]))
+    measure_lags(pool, tops, 5.0)
+    assert tops.lag_c[:2].tolist() == [0, 0] and tops.lag_c[2] > LAG_UNIT
+    assert first_top(tops) == 2
+
+
+def test_of_two_pieces_alike_the_one_of_the_lagging_stratum_is_next() -> None:
+    tops = Tops(*np.zeros((len(Tops._fields), 2), np.int32))
+    tops.x_c[:] = tops.y_c[:] = 1000
+    aim, room = Aim(1.0, 1.0, np.int32(1), np.int32(1), 0), Room(*np.array([9, 9, 9, 9000, 9000], np.int32))
+    assert next_top(tops, room, aim)[0] == 0
+    tops.lag_c[1] = LAG_UNIT
+    assert next_top(tops, room, aim)[0] == 1
 
 
 def test_the_same_pieces_give_the_same_packs() -> None:
@@ -350,7 +384,7 @@ def test_tokens_and_patches_fill_together(rows: int) -> None:
     packing = pack(pieces, budget)
     check(pieces, packing, budget)
     tokens, vision = fills(pieces, packing, budget)
-    assert tokens > 0.975 and vision > 0.965
+    assert tokens > 0.99 and vision > 0.98
 
 
 def test_a_budget_with_slack_is_used_evenly() -> None:
