@@ -50,7 +50,7 @@ def good_files() -> dict[str, bytes]:
 
 def check_picture(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         header = read_header(io.BytesIO(content), limits=LIMITS)
         pixels = load_image(
@@ -64,7 +64,7 @@ def check_picture(path: Path, content: bytes) -> None:
         assert pixels.shape == (8, 16, 3) and pixels.dtype == np.uint8
     except ImageError as error:
         assert error.reason and "\n" not in str(error)
-    assert time.monotonic() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 def decode_mutated(directory: str, names: Sequence[str], examples: int) -> None:

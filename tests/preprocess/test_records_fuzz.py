@@ -68,13 +68,13 @@ def good_files() -> dict[str, bytes]:
 
 def check_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    begin = time.monotonic()
+    begin = time.process_time()  # of this process: other work on the machine is no hang
     try:
         found = list(read_records(str(path)))
     except BadFileError as error:
         assert path.name in str(error) and "\n" not in str(error)
         return
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
     numbers = [entry.number for entry in found]
     assert numbers == sorted(set(numbers)), "a row is there twice"
     reasons = {entry.reason for entry in found if isinstance(entry, Damage)}
