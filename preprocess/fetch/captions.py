@@ -87,7 +87,7 @@ def _sample(record: Record, config: CaptionsInput, key: str, number: int, url: s
     name = quote(key, safe="").replace(".", "%2E")
     if len(name) > MAX_KEY_CHARACTERS:
         raise RowError("key_too_long", f"{len(name)} characters as a file name, limit {MAX_KEY_CHARACTERS}")
-    return _Sample(name, number, url, caption, record)
+    return _Sample(name, number, url, caption, plain(record))
 
 
 def _text(record: Record, column: str) -> str:
@@ -101,7 +101,7 @@ def _write_sample(tar: tarfile.TarFile, sample: _Sample, body: Body) -> None:
     if sample.caption:
         caption = sample.caption.encode()
         _add(tar, f"{sample.key}.txt", io.BytesIO(caption), len(caption))
-    about = {"key": sample.key, "url": sample.url, "sha256": body.sha256, "row": plain(sample.record)}
+    about = {"key": sample.key, "url": sample.url, "sha256": body.sha256, "row": sample.record}
     line = json.dumps(about, allow_nan=False).encode()
     _add(tar, f"{sample.key}.json", io.BytesIO(line), len(line))
 

@@ -80,6 +80,10 @@ def _conversations(chunk: Chunk, config: ChatInput, result: Result) -> Iterator[
         try:
             record = row()
             key = key_of(record, config.key, number)
+            for holder, name in _pictures(record):
+                if isinstance(holder[name], bytes):
+                    holder[name] = _data_url(holder[name])
+            record = cast(Record, plain(record))
         except RowError as error:
             result.fail_row(key, number, "", error.reason, error.detail)
             continue
@@ -87,10 +91,6 @@ def _conversations(chunk: Chunk, config: ChatInput, result: Result) -> Iterator[
             raise UserError(
                 f"input: record {key} has a field {min(taken)!r} already; rename it, it is written here"
             )
-        for holder, name in _pictures(record):
-            if isinstance(holder[name], bytes):
-                holder[name] = _data_url(holder[name])
-        record = cast(Record, plain(record))
         places = [(holder, name, holder[name]) for holder, name in _pictures(record)]
         slots = [_Slot(*place) for place in places if isinstance(place[2], str) and is_address(place[2])]
         yield _Conversation(key, number, record, slots)

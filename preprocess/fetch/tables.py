@@ -36,6 +36,8 @@ from shared.remote import StoreError, shown
 BATCH_ROWS = 512
 # A longer line or field is another kind of file, and is not read into memory to find out.
 MAX_LINE_BYTES = 64 << 20
+# Lists and objects inside each other: far below what Python's stack has room for.
+MAX_NESTING = 100
 
 Record = dict[str, Any]
 
@@ -292,12 +294,18 @@ def require_unicode(text: str) -> None:
         raise RowError("row_malformed", "text that is not UTF-8") from None
 
 
-def plain(value: Any) -> Any:
-    """A value of a Parquet row as JSON has it: bytes in base 64, dates and decimals as text, no NaN."""
+def plain(value: Any, nesting: int = 0) -> Any:
+    """A value of a row as JSON has it: bytes in base 64, dates and decimals as text, no NaN.
+
+    Raises:
+        RowError: lists and objects lie more than MAX_NESTING deep inside each other.
+    """
+    if nesting > MAX_NESTING:
+        raise RowError("row_malformed", f"lists and objects more than {MAX_NESTING} deep inside each other")
     if isinstance(value, dict):
-        return {str(name): plain(entry) for name, entry in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {str(name): plain(entry, nesting + 1) for name, entry in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]  # pyright: ignore[reportUnknownVariableType]
+        return [plain(entry, nesting + 1) for entry in value]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, float) and not math.isfinite(value):

@@ -81,6 +81,18 @@ def failures(directory: Path) -> list[tuple[Any, ...]]:
 # Captions
 
 
+@pytest.mark.parametrize("kind", ["captions", "chat"])
+def test_a_row_nested_deeper_than_pythons_stack_fails_alone(
+    server: Server, tmp_path: Path, kind: str
+) -> None:
+    rows = [{"url": server.url("/ok/a"), "caption": "a", "image": server.url("/ok/a")} for _ in range(2)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    deep = json.dumps(rows[0])[:-1] + f', "more": {"[" * 600 + "]" * 600}}}\n'
+    path.write_text(deep + path.read_text())
+    record = fetch(tmp_path, path, kind=kind)
+    assert record["rows"] == {"read": 3, "fetched": 2, "failed": {"row_malformed": 1}}
+
+
 def test_a_table_becomes_tars_that_the_webdataset_source_reads(server: Server, tmp_path: Path) -> None:
     rows = [
         {"url": server.url("/ok/one"), "caption": " a cat ", "score": 0.5},
