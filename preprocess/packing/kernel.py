@@ -207,14 +207,14 @@ REFUSED = np.int32(2**30)
 # within 0.3 %.
 BALANCE = np.int32(12)
 STRANDED = np.int32(8)
-# A stratum of which the pool holds a thirty-second more than of all pieces counts double as first piece of a pack;
-# 16 fills up to 0.2 % less, 8 up to 0.3 %.
+# A stratum of which a thirty-second more is left than of all pieces counts double as first piece of a pack; 16 fills
+# up to 0.1 % less.
 LAG_GAIN = 32.0
 LEAST_LAG, MOST_LAG = -230, 768  # in LAG_UNITs: a factor of 0.1 to 4
 LAG_UNIT = np.int32(256)
 # What a lag weighs against size and direction: of one LAG_UNIT, a sixth of the aim.
 LAG_WEIGHT = np.int32(40)
-# Packs between two looks at the lags. Each pack: 0.1 % fuller at best, a tenth slower.
+# Packs between two looks at the lags; a look before each gives the same fill within 0.1 %.
 LAG_FOR = 8
 
 
