@@ -73,12 +73,16 @@ def parquet_records(
     if sum(group.num_rows for group in groups) != table.metadata.num_rows:
         raise unreadable(unit, "Parquet file", ValueError("its footer contradicts itself"))
     if most_page is not None:
-        _require_small_pages(unit, file, groups, columns, most_page)
+        try:
+            _require_small_pages(unit, file, groups, columns, most_page)
+        except UnicodeDecodeError as error:  # a column's name, which the schema has once more
+            raise unreadable(unit, "Parquet file", error) from None
     first = 0
     for number, group in enumerate(groups):
         done = 0
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)))
         try:
+            _require_first_pages(file, group, columns)
             for batch in table.iter_batches(rows, row_groups=[number], columns=columns, use_threads=False):
                 yield from _rows(batch, first + done)
                 done += batch.num_rows
@@ -92,22 +96,46 @@ def parquet_records(
         first += group.num_rows
 
 
+def _wanted(group: Any, columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+    """Paths and chunks of the wanted columns of a row group."""
+    for chunk in map(group.column, range(group.num_columns)):
+        path = chunk.path_in_schema
+        if columns is None or any(f"{path}.".startswith(f"{name}.") for name in columns):
+            yield path, chunk
+
+
+def _require_first_pages(file: BinaryIO, group: Any, columns: Sequence[str] | None) -> None:
+    """Whoever reads a page takes memory for it first, gigabytes where a chunk does not begin where its footer says.
+
+    Raises:
+        ValueError: a page is larger than the chunk that it begins.
+    """
+    for path, chunk in _wanted(group, columns):
+        file.seek(_first_page(chunk))
+        try:
+            page = read_page_header(memoryview(file.read(PAGE_HEADER_BYTES)), 0)
+        except ValueError:
+            continue  # reading it will say so
+        if not 0 <= page.payload_bytes <= chunk.total_compressed_size:
+            raise ValueError(f"column {path!r} does not begin at byte {_first_page(chunk)}")
+
+
+def _first_page(chunk: Any) -> int:
+    starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
+    return max(0, min(start for start in starts if start is not None))
+
+
 def _require_small_pages(
     unit: str, file: BinaryIO, groups: Sequence[Any], columns: Sequence[str] | None, most: int
 ) -> None:
     """A page cannot be read in part, and one that is larger than memory ends the worker with all that lies behind it.
 
     Raises:
-        BadFileError: a page of the wanted columns has more than `most` bytes, or a column's name is damaged.
+        BadFileError: a page of the wanted columns has more than `most` bytes.
     """
     for number, group in enumerate(groups):
-        for chunk in map(group.column, range(group.num_columns)):
-            try:
-                column = chunk.path_in_schema
-            except UnicodeDecodeError as error:  # its names were checked where they stand in the schema
-                raise unreadable(unit, "Parquet file", error) from None
-            wanted = columns is None or any(f"{column}.".startswith(f"{name}.") for name in columns)
-            if wanted and (size := _largest_page(file, chunk, most)) > most:
+        for column, chunk in _wanted(group, columns):
+            if (size := _largest_page(file, chunk, most)) > most:
                 raise BadFileError(
                     "page_too_large",
                     f"{shown(unit)}: row group {number}, column {column!r} has a page of {size} bytes, of which "
@@ -118,8 +146,7 @@ def _require_small_pages(
 
 def _largest_page(file: BinaryIO, chunk: Any, most: int) -> int:
     """Bytes of the first page above `most`, or 0. Headers are read only while such a page may still come."""
-    starts = (chunk.dictionary_page_offset, chunk.data_page_offset)
-    position = min(start for start in starts if start is not None)
+    position = _first_page(chunk)
     end, left = position + chunk.total_compressed_size, chunk.total_uncompressed_size
     while position < end and left > most:
         file.seek(position)

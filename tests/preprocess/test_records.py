@@ -456,6 +456,25 @@ def test_a_page_that_memory_does_not_hold_is_refused_by_name_and_the_same_rows_i
     assert tables.max_page_bytes(tables.WORKER_BYTES + 7000) == 2000
 
 
+def test_a_column_that_does_not_begin_where_its_footer_says_costs_its_rows_and_no_memory(
+    tmp_path: Path,
+) -> None:
+    table = pa.table({"id": range(6), "text": [f"text {n}" for n in range(6)]})
+    path = tmp_path / "a.parquet"
+    content = parquet(table, row_group_size=3, write_page_checksum=True)
+    # Two bytes are gone at the end of the first row group, so that in the second, what is read as the size of a page is
+    # its checksum.
+    place = pq.read_metadata(pa.BufferReader(content)).row_group(1).column(0).dictionary_page_offset
+    path.write_bytes(content[: place - 3] + content[place - 1 :])
+    found = list(read_records(str(path)))
+    assert [entry.number for entry in found] == list(range(6))
+    assert not any(isinstance(entry, Record) for entry in found)
+    assert pa.default_memory_pool().max_memory() < 1 << 30
+    *_, last = found
+    assert isinstance(last, Damage)
+    assert f"column 'id' does not begin at byte {place}" in last.detail
+
+
 def test_a_damaged_name_of_a_column_in_a_row_group_is_a_damaged_file(tmp_path: Path) -> None:
     content = parquet(pa.table({"a_text": ["x"] * 3}), store_schema=False)
     # The name stands in the schema, and once more at the column chunk: there it is no UTF-8 now.
