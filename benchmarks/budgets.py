@@ -95,7 +95,7 @@ def pack_all(units: list[IndexedUnit], config: PreprocessConfig, choice: Choice)
         for number, unit in enumerate(units)
         for table in read_blocks(unit.path, ["segments"])
     ]
-    order = np.random.default_rng(0).permutation(len(blocks)).tolist()
+    order = _evenly([units[number].source for number, _ in blocks])
     per_window = config.plan.window // 1024
     points: list[tuple[BudgetPoint, int]] = []
     for begin in range(0, len(order), per_window):
@@ -115,6 +115,16 @@ def pack_all(units: list[IndexedUnit], config: PreprocessConfig, choice: Choice)
         "rejected": sum(point.rejected * count for point, count in points) / samples,
         "packs": packs,
     }
+
+
+def _evenly(sources: list[str]) -> list[int]:
+    """The blocks of every source, shuffled, at equal distances: any stretch has of each its share, as in a plan."""
+    rng, names = np.random.default_rng(0), np.array(sources)
+    place = np.empty(len(names))
+    for source in SOURCES:
+        own = np.flatnonzero(names == source)
+        place[rng.permutation(own)] = (np.arange(len(own)) + rng.random()) / max(1, len(own))
+    return np.argsort(place).tolist()
 
 
 if __name__ == "__main__":
