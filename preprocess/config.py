@@ -199,6 +199,8 @@ class PreprocessConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty; name a directory")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         for name in self.sources:

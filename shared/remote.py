@@ -107,6 +107,8 @@ def as_path(text: str) -> Path:
 
     protocol = _protocol(text)
     uri = _FIRST_NAMES.get(protocol, protocol) + text[len(protocol) :].rstrip("/")
+    if not re.match(r"[^:]+://[^/]", uri):  # with nothing behind it, it would be a path of this machine
+        raise UserError(f"{shown(text)}: names no place in a store; expected {protocol}://BUCKET/PATH")
     _filesystem(uri)
     return cast(Path, UPath(uri, **_OPTIONS.get(_protocol(uri), {})))
 
@@ -399,6 +401,8 @@ def _mistake(error: BaseException, uri: str) -> str:
         return f"the store answers with status {status} ({_scrub(error)}); correct the path"
     if "BotoCoreError" in names and not names & _PASSING_ERRORS:
         return f"cannot be used ({_scrub(error)}); correct the path or the settings of {_protocol(uri)}://"
+    if isinstance(error, ValueError) and not _may_pass(error):  # what the client takes for no name of its own
+        return f"cannot be opened ({_scrub(error)}); correct the path"
     return ""
 
 

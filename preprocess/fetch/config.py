@@ -147,6 +147,8 @@ class FetchConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
 
     def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty; name a directory")
         require_at_least(self, 1, "rows_per_file")
         if not 0 <= self.max_failure_rate <= 1:
             raise ValueError(f"max_failure_rate must lie in [0, 1], got {self.max_failure_rate}")

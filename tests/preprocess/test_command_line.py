@@ -94,7 +94,11 @@ BAD_RUNS = {
     "option typo": (nothing, ["--budget.SS", "5"], ["--budget.SS", "did you mean 'budget.S'"]),
     "option of no section": (nothing, ["--seed.x", "5"], ["--seed.x: ", "expected a table"]),
     "no option": (nothing, ["seed", "5"], ["'seed' is not an option; write --key value"]),
-    "wrong type": (edit("S = 64", 'S = "64"'), [], ["config.toml: budget.S: expected an integer or auto, got '64'"]),
+    "wrong type": (
+        edit("S = 64", 'S = "64"'),
+        [],
+        ["config.toml: budget.S: expected an integer or auto, got '64'"],
+    ),
     "wrong word": (nothing, ["--budget.S", "many"], ["--budget.S: expected an integer or auto, got 'many'"]),
     "two words": (nothing, ["--budget.S", "6", "7"], ["--budget.S: expected one value, got 2"]),
     "a section": (nothing, ["--budget", "6"], ["--budget", "is a section; set one of its keys"]),
@@ -112,6 +116,7 @@ BAD_RUNS = {
         ["budget.L 33 is not a multiple of merge * merge = 4"],
     ),
     "negative seed": (nothing, ["--seed", "-1"], ["seed must be at least 0, got -1"]),
+    "no output": (nothing, ["--output", ""], ["output is empty; name a directory"]),
     "no path": (nothing, ["--sources.web.paths"], ["[sources.web] paths is empty; name at least one file"]),
     "unknown caption": (nothing, ["--sources.web.caption", "jsn"], ['caption must be "txt" or "json:FIELD"']),
     "unknown source": (

@@ -67,6 +67,9 @@ def test_patterns_name_objects_as_they_name_files(s3: str) -> None:
         ("s3://no-such-bucket/*.tar", "matches no file"),
         (f"s3://{BUCKET}/folder", "a directory; name its files"),
         ("nowhere://a/b", "cannot be opened .*nowhere"),
+        ("hf://one-name", "cannot be opened .*'namespace/name'"),
+        ("https://", "cannot be opened"),
+        ("https:///a.tar", "cannot be opened"),
         (
             "gs://bucket-of-nobody/a.tar",
             "the client of gs:// is not installed; pip install 'parquetry\\[gcs\\]'",

@@ -219,3 +219,9 @@ def test_what_another_client_writes_is_seen_at_once(s3: str) -> None:
 def test_uris_are_told_from_paths_and_shown_without_secrets(text: str, remote: bool, text_shown: str) -> None:
     assert is_remote(text) == remote
     assert shown(text) == text_shown
+
+
+@pytest.mark.parametrize("text", ["s3://", "s3:///", "gs://", "s3:/bucket/a", "s3:///bucket/a"])
+def test_a_uri_that_names_no_bucket_is_no_path_of_this_machine(text: str) -> None:
+    with pytest.raises(UserError, match=rf"^{text}: names no place in a store; expected \w+://BUCKET/PATH$"):
+        as_path(text)

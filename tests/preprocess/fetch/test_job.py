@@ -491,6 +491,7 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(
         ({"shard": "1-3"}, 'shard must be like "3/16"'),
         ({"shard": "1/3", "on_change": "rebuild"}, "remove the output yourself"),
         ({"output": "https://example.org/out"}, "not a place for outputs; use a local path, s3:// or gs://"),
+        ({"output": ""}, "output is empty; name a directory"),
         ({"rows_per_file": 0}, "rows_per_file must be at least 1, got 0"),
         ({"max_failure_rate": 2.0}, "max_failure_rate must lie in"),
         ({"http__retries": -1}, r"\[http\] retries must be at least 0, got -1"),
