@@ -20,9 +20,11 @@ from shared.files import (
     list_tree,
     lock_directory,
     open_file,
+    remove,
     remove_temporaries,
 )
 from shared.remote import is_remote, shown
+from shared.tokens import tokenizer_files
 
 # What belongs to a data set beside its shards and dataset.json; index/ and plan/ are of the job that made it.
 SIDE_FILES = ("rejects.parquet", "config.toml", "tokenizer/", "report/")
@@ -127,9 +129,17 @@ def _checked(name: str) -> str:
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
-    for name in list_tree(source):
-        if name.startswith(SIDE_FILES) and ".." not in PurePosixPath(name).parts:
-            _copy(source / name, target / name)
+    names = [
+        name
+        for name in list_tree(source)
+        if name.startswith(SIDE_FILES) and ".." not in PurePosixPath(name).parts
+    ]
+    for name in names:
+        _copy(source / name, target / name)
+    # A chat template of the data set that was there before would make it another tokenizer.
+    for file in tokenizer_files(target / "tokenizer"):
+        if f"tokenizer/{file}" not in names:
+            remove(target / "tokenizer" / file)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -24,6 +24,7 @@ from shared.dataset import open_dataset
 from shared.errors import UserError
 from shared.files import lock_directory, remove_tree
 from shared.remote import as_path
+from shared.tokens import reopen_tokenizer
 from tests.preprocess.inputs import make_config, mixed_samples, write_samples
 from tests.preprocess.stores import BUCKET, client, proxy_to, put, s3_server, use_s3
 from tests.preprocess.test_tars import PACK
@@ -179,6 +180,21 @@ def test_a_download_that_stops_leaves_no_manifest_of_the_data_set_it_replaces(
     with pytest.raises(UserError, match="has checksum"):
         download_dataset(source, target)
     assert not manifest.exists()
+
+
+def test_a_download_leaves_no_template_of_the_data_set_it_replaces(tmp_path: Path) -> None:
+    config = make_config(tmp_path, write_samples(tmp_path / "a.tar", mixed_samples(2)))
+    template = tmp_path / "tokenizer" / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    run_job(config)
+    target = tmp_path / "copy"
+    download_dataset(Path(config.output), target)
+    assert (target / "tokenizer" / template.name).exists()
+    template.unlink()
+    other = replace(config, output=str(tmp_path / "other"))
+    run_job(other)
+    download_dataset(Path(other.output), target)
+    reopen_tokenizer(target / "tokenizer", open_dataset(target).tokens)  # the one that it was made with
 
 
 def test_a_download_opens_no_shard_and_so_takes_more_shards_than_files_can_be_open(
