@@ -226,7 +226,12 @@ class Span(io.BufferedReader):
 
     def __init__(self, path: Local, offset: int, size: int) -> None:
         super().__init__(RawSpan(partial(_read_into, path), offset, size, shown(str(path))))
+        self._place = path, offset, size
         self._size = size
+
+    def whole(self) -> bytes:
+        """All of it, in one call where `read` takes two."""
+        return read_range(*self._place)
 
     def read(self, size: int | None = -1, /) -> bytes:
         # A damaged header may ask for more than there is memory, which would be taken before it is read.

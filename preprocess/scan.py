@@ -21,7 +21,7 @@ from preprocess.config import AnySource, ImageLimits, VideoConfig
 from preprocess.faults import NO_ITEM, begin
 from preprocess.images import ImageError, read_header
 from preprocess.index import IndexWriter, ScannedSample, open_index
-from preprocess.inputs import change_time
+from preprocess.inputs import Span, change_time
 from preprocess.samples import (
     IMAGE,
     STORE,
@@ -266,9 +266,7 @@ def _measure(raw: Media | Missing, item: int, task: ScanUnit, index: IndexWriter
     most = task.video.max_bytes if raw.kind == VIDEO else task.limits.max_bytes
     if (task.hash_content or raw.place is None) and size <= most:
         file.seek(0)
-        data = file.read(
-            size
-        )  # once, for header, hash and store; without a size it would come in pieces of 8 kB
+        data = file.whole() if isinstance(file, Span) else file.read(size)  # once, for header, hash and store
         file = io.BytesIO(data)
         begin(item)
     content = xxhash.xxh3_128_hexdigest(data) if task.hash_content and data is not None else ""
