@@ -202,9 +202,11 @@ def tokenizer_files(directory: Path) -> list[str]:
 def kept_files(directory: Path, sources: Mapping[str, Sequence[Path]]) -> dict[str, Path]:
     """Files by the names under which a data set keeps them: the tokenizer's, and those of each source.
 
-    They are in the order in which `tokenizer_files` finds them there.
+    They are in the order in which `tokenizer_files` finds them there. Where `directory` is the tokenizer of another
+    data set, what that one's sources named is not taken along.
     """
-    files = {name: directory / name for name in tokenizer_files(directory)}
+    names = (name for name in tokenizer_files(directory) if not name.startswith(f"{SOURCE_FILES}/"))
+    files = {name: directory / name for name in names}
     files |= {f"{SOURCE_FILES}/{source}/{path.name}": path for source, own in sources.items() for path in own}
     return dict(sorted(files.items(), key=lambda file: _source_parts(file[0])))
 
@@ -214,11 +216,18 @@ def _source_parts(name: str) -> tuple[str, ...]:
 
 
 def tokenizer_hash(directory: Path, sources: Mapping[str, Sequence[Path]] | None = None) -> str:
-    """Of all files that a data set keeps, and of the names of those that may be there."""
+    """Of all files that a data set keeps, and of the names of those that may be there.
+
+    sources: the files of its sources; None where `directory` is the data set's own, which holds them.
+    """
+    if sources is None:
+        files = {name: directory / name for name in tokenizer_files(directory)}
+    else:
+        files = kept_files(directory, sources)
     return sha256(
         *(
             (b"" if name in TOKENIZER_FILES else name.encode()) + path.read_bytes()
-            for name, path in kept_files(directory, sources or {}).items()
+            for name, path in files.items()
         )
     )
 

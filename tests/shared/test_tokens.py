@@ -150,6 +150,8 @@ def test_a_data_set_keeps_the_files_of_sources_and_hashes_them_as_it_finds_them(
     expected = ["tokenizer.json", "tokenizer_config.json"]
     assert tokenizer_files(kept) == [*expected, "source_files/a/mine.jinja", "source_files/b/mine.jinja"]
     assert tokenizer_hash(kept) == tokenizer_hash(directory, sources) != plain
+    # As the tokenizer of a next data set it is what it was here.
+    assert tokenizer_hash(kept, {}) == plain and list(kept_files(kept, {})) == expected
     assert tokenizer_hash(directory, {"a": []}) == plain
 
 
