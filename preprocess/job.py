@@ -32,7 +32,7 @@ from preprocess.plan import (
     make_plan,
     planned_shards,
 )
-from preprocess.progress import track
+from preprocess.progress import track, working
 from preprocess.scan import ScanUnit, scan_unit
 from preprocess.sources import open_source
 from preprocess.sources.base import SourceContext
@@ -58,6 +58,7 @@ from shared.tokens import TextTokenizer, kept_files, load_tokenizer, tokenizer_h
 # What a job writes below its output: nothing else there is ever touched.
 DIRECTORIES = ("index", "plan", "shards", "tokenizer", "report")
 FILES = (MANIFEST, "config.toml", "rejects.parquet")
+CHOOSING = "choosing the budget: a sample of the index is packed at many N and L"
 # A task's share of the token files that are read once, for their checksums, before anything is packed from them.
 UNITS_PER_CHECK = 64
 
@@ -125,7 +126,9 @@ class Job:
         path = self.output / "plan" / BUDGET_CHOICE
         if not exists(path):
             self.require_index()
-            write_json(path, choose_budget(self.units, self.config, self.tokenizer.ids).record)
+            with working(CHOOSING):
+                choice = choose_budget(self.units, self.config, self.tokenizer.ids)
+            write_json(path, choice.record)
         return read_json(path)
 
     def what_if(self) -> Choice:
@@ -138,7 +141,8 @@ class Job:
         self.require_index()
         config = self.config
         free = replace(config, budget=replace(config.budget, N=AUTO, L=AUTO))
-        return choose_budget(self.units, free, self.tokenizer.ids, beside=config.budget.fixed)
+        with working(CHOOSING):
+            return choose_budget(self.units, free, self.tokenizer.ids, beside=config.budget.fixed)
 
     def require_index(self) -> None:
         """Raises UserError: an input is not scanned."""

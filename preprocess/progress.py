@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,6 +17,17 @@ from rich.progress import (
 )
 
 T = TypeVar("T")
+
+
+@contextmanager
+def working(label: str) -> Generator[None, None, None]:
+    """Show what is being done while it takes seconds."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(label):
+        yield
 
 
 def track(results: Iterable[T], *, label: str, total: int, done: int = 0) -> Iterator[T]:
