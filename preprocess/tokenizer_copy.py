@@ -6,12 +6,15 @@ tokenizer that is replaced meanwhile stops the job and does not divide it.
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 from preprocess.scan import ScanUnit, scan_unit
 from shared import remote
@@ -20,8 +23,12 @@ from shared.files import list_tree, sha256
 from shared.remote import as_path, shown
 from shared.tokens import TEMPLATE_FILES, TOKENIZER_FILES
 
-# The directories of copies; they go with the process.
-_kept: list[tempfile.TemporaryDirectory[str]] = []
+PREFIX = "parquetry-tokenizer-"
+# In the directory of a copy; locked as long as the process that made it lives.
+LOCK = ".lock"
+
+# The directories of copies, which go with the process, and their locks.
+_kept: list[tuple[tempfile.TemporaryDirectory[str], IO[bytes]]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,8 @@ def copy_tokenizer(files: TokenizerFiles) -> Path:
     Raises:
         UserError: a file is not what it was when the job began.
     """
-    _kept.append(tempfile.TemporaryDirectory(prefix="parquetry-tokenizer-"))
-    directory = Path(_kept[-1].name)
+    _remove_orphans()
+    directory = _private_directory()
     for name, expected in files.hashes:
         content = _read(files.uri, name)
         if sha256(content) != expected:
@@ -74,6 +81,24 @@ def copy_tokenizer(files: TokenizerFiles) -> Path:
 def scan_with_copy(files: TokenizerFiles, task: ScanUnit) -> dict[str, Any]:
     """`scan_unit`, on a worker that has no tokenizer yet."""
     return scan_unit(replace(task, tokenizer=copy_tokenizer(files)))
+
+
+def _private_directory() -> Path:
+    directory = tempfile.TemporaryDirectory(prefix=PREFIX)
+    new = Path(directory.name) / "new"
+    lock = open(new, "wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    new.rename(new.with_name(LOCK))  # so that none is ever there that is not locked
+    _kept.append((directory, lock))
+    return Path(directory.name)
+
+
+def _remove_orphans() -> None:
+    """Copies of processes that were killed, as Ray's workers are when a job ends: nothing else removes them."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError), open(directory / LOCK, "rb") as lock:  # it is locked, another user's, or gone
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _is_template(name: str) -> bool:

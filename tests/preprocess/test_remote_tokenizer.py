@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,15 @@ from shared.errors import UserError
 from tests.preprocess.chat_inputs import STYLES, chat_tokenizer, llava
 from tests.preprocess.inputs import byte_tokenizer, make_config, mixed_samples, write_samples
 from tests.preprocess.stores import BUCKET, put, s3_server
+
+ROOT = Path(__file__).parents[2]
+# Copies a tokenizer, says that it did, and waits to be killed.
+COPY = """
+import sys, time
+from preprocess.tokenizer_copy import copy_tokenizer, find_tokenizer
+print(copy_tokenizer(find_tokenizer(sys.argv[1], [])), flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,3 +132,27 @@ def test_a_tokenizer_that_is_replaced_while_the_job_runs_is_not_taken_by_a_worke
     put("replaced/tokenizer_config.json", b"{}")
     with pytest.raises(UserError, match=rf"^tokenizer {uri}: tokenizer_config\.json has changed since"):
         copy_tokenizer(files)
+
+
+def test_the_copy_of_a_killed_process_goes_with_the_next_one_and_that_of_a_living_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = upload(byte_tokenizer(tmp_path / "tokenizer"), "killed")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    process = subprocess.Popen([sys.executable, "-c", COPY, uri], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        files = find_tokenizer(uri, [])
+        copy_tokenizer.cache_clear()
+        copy_tokenizer(files)
+        assert theirs.parent == temporary and (theirs / "tokenizer.json").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    copy_tokenizer.cache_clear()
+    ours = copy_tokenizer(files)
+    assert not theirs.exists() and (ours / "tokenizer.json").exists()
