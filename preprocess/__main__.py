@@ -138,13 +138,16 @@ def _plan(words: list[str], as_json: bool) -> int:
         return 0
     with open_job(config) as job:
         job.require_index()
+        # Before the plan: where nothing was chosen, that is said before the work.
+        choice = job.budget_choice() if "--explain" in flags else None
         with open_executor(config) as executor:
             plan = job.plan(executor)
-        if "--explain" in flags and not as_json:
-            print("\n".join(budget_lines(job.budget_choice(), explain=True)), end="\n\n")
     windows = [window["packs"] for window in plan["windows"]]  # of each, the packs of its shards
     shards, packs = sum(map(len, windows)), sum(map(sum, windows))
-    _say({"plan": f"{config.output}/plan", "shards": shards, "packs": packs}, as_json)
+    if choice is not None and not as_json:
+        print("\n".join(budget_lines(choice, explain=True)), end="\n\n")
+    explained = {"explain": choice} if choice is not None and as_json else {}
+    _say({"plan": f"{config.output}/plan", "shards": shards, "packs": packs, **explained}, as_json)
     return 0
 
 

@@ -19,13 +19,15 @@ AUTO: Auto = "auto"
 # twice in Arrow's encoder).
 WORKER_BYTES = 350_000_000
 PACK_COPIES = 3
+# Of a token, its label and its position, each.
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetConfig:
     """S decoder tokens, and N vision rows of L patches, per pack; "auto" is chosen when the data set is planned."""
 
-    # "auto" needs memory.gpu_bytes: as many tokens as fit one GPU.
+    # "auto" needs memory.gpu_bytes, and N or L "auto": as many tokens as fit one GPU with the patches they bring along.
     S: int | Auto
     N: int | Auto
     L: int | Auto
@@ -42,6 +44,13 @@ class BudgetConfig:
         require_at_least(self, 1, "rows_multiple", *given)
         if self.N != AUTO and self.N % self.rows_multiple:
             raise ValueError(f"N {self.N} is not a multiple of rows_multiple {self.rows_multiple}")
+        if given == ["N", "L"]:
+            raise ValueError('S is "auto" with N and L given: leave N or L to be chosen, too, or give S')
+        if self.S != AUTO and TOKEN_BYTES * self.S >= MAX_BLOB_BYTES:
+            raise ValueError(
+                f"S {self.S} is too large: {TOKEN_BYTES} bytes a token, and a Parquet value holds less than "
+                f"{MAX_BLOB_BYTES}"
+            )
 
     @property
     def fixed(self) -> Budget | None:
@@ -55,7 +64,7 @@ class BudgetConfig:
 class MemoryConfig:
     """The GPU that S = "auto" fills, with the model of [cost]: float32 weights, gradients and Adam, bfloat16 work."""
 
-    # Bytes of one GPU; 80e9 of an H100. 0: not told.
+    # Bytes of one GPU: 80_000_000_000 of an H100. 0: not told.
     gpu_bytes: int = 0
     # Ranks that weights, gradients and optimizer are sharded over.
     shards: int = 8
@@ -90,8 +99,8 @@ class BudgetLimits:
         most = min(MAX_BLOB_BYTES - 1, (self.max_memory - WORKER_BYTES) // PACK_COPIES)
         return most // self.geometry.values_per_patch
 
-    def check(self, N: int | Auto, L: int | Auto) -> None:
-        """Raises ValueError: what is given of N and L can hold no data set of this geometry."""
+    def check(self, S: int | Auto, N: int | Auto, L: int | Auto) -> None:
+        """Raises ValueError: what is given of S, N and L can hold no data set of this geometry."""
         geometry, cap = self.geometry, self.patches_per_video
         if L != AUTO and geometry.max_patches_per_image > L:
             raise ValueError(
@@ -113,8 +122,10 @@ class BudgetLimits:
                 f"budget.N * budget.L patches of {geometry.values_per_patch} bytes are {blob} bytes per pack; "
                 f"a Parquet value holds less than {MAX_BLOB_BYTES}: lower N or L"
             )
-        if (needed := WORKER_BYTES + PACK_COPIES * blob) > self.max_memory:
+        tokens = 0 if S == AUTO else 3 * TOKEN_BYTES * S
+        if (needed := WORKER_BYTES + PACK_COPIES * (tokens + blob)) > self.max_memory:
             raise ValueError(
-                f"budget.N * budget.L patches are {blob} bytes per pack; a worker that writes a full one holds "
-                f"{needed}, above limits.max_memory {self.max_memory}: lower N or L, or raise the limit"
+                f"budget.S tokens are {tokens} and budget.N * budget.L patches {blob} bytes per pack; a worker that "
+                f"writes a full one holds {needed}, above limits.max_memory {self.max_memory}: lower S, N or L, or "
+                "raise the limit"
             )

@@ -222,7 +222,7 @@ class PreprocessConfig:
             )
         if self.budget.S == AUTO and not self.memory.gpu_bytes:
             raise ValueError('budget.S is "auto" and memory.gpu_bytes is not set; set it, or S')
-        self.budget_limits.check(self.budget.N, self.budget.L)
+        self.budget_limits.check(self.budget.S, self.budget.N, self.budget.L)
 
     @property
     def budget_limits(self) -> BudgetLimits:

@@ -235,7 +235,11 @@ class Job:
             raise UserError(f"{self.config.output}: the sources hold no sample; check their paths")
 
     def plan(self, executor: Executor) -> dict[str, Any]:
-        """Write the plan, or return the one that is there."""
+        """Write the plan, or return the one that is there.
+
+        Raises:
+            UserError: the one that is there is for another budget than plan/budget.json.
+        """
         summary = self.output / "plan" / PLAN_SUMMARY
         if not exists(summary):
             make_plan(
@@ -249,7 +253,13 @@ class Job:
                 seed=self.config.seed,
                 run=partial(_run, executor),
             )
-        return read_json(summary)
+        plan = read_json(summary)
+        if plan.get("budget") != asdict(self.budget):
+            raise UserError(
+                f"{summary}: planned for {plan.get('budget')}, not for {self.budget}; delete plan/ and shards/ and "
+                "run again"
+            )
+        return plan
 
     def pack(self, executor: Executor) -> None:
         """Write every shard that is not there, or not whole, or of another plan."""

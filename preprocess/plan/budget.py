@@ -70,6 +70,10 @@ def choose_budget(
         return measure(samples if large else few, names, budget, config, ids)
 
     best, curve = search_budget(search, packed)
+    if not best.packs:
+        raise UserError(
+            f"{config.output}: no sample of {len(samples)} fits a pack of S = {search.S} tokens; raise budget.S"
+        )
     record = {
         "budget": asdict(best.budget),
         "chosen": describe(best),
@@ -88,17 +92,19 @@ def choose_budget(
 def _search(config: PreprocessConfig, tokens: int, patches: int) -> Search:
     """What may be chosen for data of so many tokens and patches."""
     asked, limits = config.budget, config.budget_limits
-    most = limits.max_patches()
+    most, least = limits.max_patches(), limits.least_row
+    rows = asked.rows_multiple if asked.N == AUTO else asked.N
+    row_length = least if asked.L == AUTO else asked.L
     if asked.S == AUTO:
-        length, patches_left = fitting_tokens(config.memory, config.cost, patches / tokens)
+        length, patches_left = fitting_tokens(config.memory, config.cost, patches / tokens, rows * row_length)
         most = min(most, patches_left)
     else:
         length = asked.S
-    least = limits.least_row
-    if asked.rows_multiple * least > most:
+    if rows * row_length > most:
         raise UserError(
-            f"budget: {asked.rows_multiple} vision rows of {least} patches, one picture each, are more than the "
-            f"{most} that a pack may hold; lower budget.rows_multiple or geometry.max_patches_per_image"
+            f"budget: {rows} vision rows of {row_length} patches, the least that may be chosen, are more than the "
+            f"{most} that a pack may hold; lower budget.rows_multiple, N or L, or "
+            "geometry.max_patches_per_image"
         )
     return Search(
         S=length,

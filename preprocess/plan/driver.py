@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ def make_plan(
     missing = [task for task in tasks if task.result not in done]
     run(plan_window, missing, label="plan", total=len(tasks))
     summary: dict[str, Any] = {
+        "budget": asdict(budget),
         **_sum_up(tasks, sources, duplicates or {}),
         "duplicates": duplicates,
         "samples": summarize(surveys, sources),

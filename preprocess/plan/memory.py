@@ -33,22 +33,29 @@ def pack_memory(budget: Budget, memory: MemoryConfig, cost: CostConfig) -> int:
     return _fixed_bytes(memory, cost) + memory.packs_per_microbatch * activations
 
 
-def fitting_tokens(memory: MemoryConfig, cost: CostConfig, patches_per_token: float) -> tuple[int, int]:
+def fitting_tokens(
+    memory: MemoryConfig, cost: CostConfig, patches_per_token: float, least_patches: int
+) -> tuple[int, int]:
     """The most tokens per pack that leave room for their patches, and the patches that fit beside them.
 
+    `least_patches`: N * L is no less, however few come along.
+
     Raises:
-        UserError: the model alone fills the GPU.
+        UserError: the model and these patches alone fill the GPU.
     """
     free = int(memory.gpu_bytes * (1 - memory.reserve)) - _fixed_bytes(memory, cost)
     per_token, per_patch = _activation_bytes(memory, cost)
-    each = memory.packs_per_microbatch * (per_token + ROOM * patches_per_token * per_patch)
-    S = int(free / each) // TOKENS * TOKENS if each else 0
+    per_pack = free / memory.packs_per_microbatch
+    spread = per_token + ROOM * patches_per_token * per_patch
+    beside = max(0.0, per_pack - least_patches * per_patch)
+    S = int(min(per_pack / spread, beside / per_token)) // TOKENS * TOKENS if per_token else 0
     if S < TOKENS:
         raise UserError(
             f"budget.S: of {memory.gpu_bytes / 1e9:.1f} GB weights and optimizer leave {max(0, free) / 1e9:.1f} GB, "
-            f"not enough for {TOKENS} tokens; raise memory.shards or memory.gpu_bytes, or set memory.recompute to full"
+            f"not enough for {memory.packs_per_microbatch} x {TOKENS} tokens and {least_patches} patches; raise "
+            "memory.shards or memory.gpu_bytes, set memory.recompute to full, or lower N or L"
         )
-    left = free / memory.packs_per_microbatch - S * per_token
+    left = per_pack - S * per_token
     return S, int(left / per_patch) if per_patch else 2**31
 
 

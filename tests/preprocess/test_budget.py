@@ -216,7 +216,7 @@ def test_the_memory_of_a_pack_is_that_counted_by_hand() -> None:
 
 def test_s_fills_the_gpu_and_leaves_room_for_its_patches() -> None:
     memory, cost = MemoryConfig(gpu_bytes=40_000_000_000, shards=8), CostConfig()
-    tokens, patches = fitting_tokens(memory, cost, patches_per_token=2.0)
+    tokens, patches = fitting_tokens(memory, cost, patches_per_token=2.0, least_patches=0)
     free = 40e9 * 0.85
     assert tokens % 256 == 0
     assert patches >= 2 * tokens
@@ -226,7 +226,27 @@ def test_s_fills_the_gpu_and_leaves_room_for_its_patches() -> None:
 
 def test_a_gpu_that_the_model_fills_is_told() -> None:
     with pytest.raises(UserError, match=r"weights and optimizer leave 0.0 GB.*raise memory.shards"):
-        fitting_tokens(MemoryConfig(gpu_bytes=3_000_000_000, shards=1), CostConfig(), 2.0)
+        fitting_tokens(MemoryConfig(gpu_bytes=3_000_000_000, shards=1), CostConfig(), 2.0, 0)
+
+
+def test_s_leaves_room_for_the_least_vision_rows_that_may_be_chosen() -> None:
+    memory, cost = MemoryConfig(gpu_bytes=40_000_000_000, shards=8), CostConfig()
+    tokens, patches = fitting_tokens(memory, cost, patches_per_token=0.1, least_patches=50_000)
+    assert patches >= 50_000
+    assert pack_memory(Budget(S=tokens, N=1, L=50_000), memory, cost) <= 40e9 * 0.85
+    assert pack_memory(Budget(S=tokens + 256, N=1, L=50_000), memory, cost) > 40e9 * 0.85
+    # 34 bytes * 12 layers * 768 of 100,000 patches are 31 GB, of the 28 GB that are left.
+    with pytest.raises(UserError, match=r"not enough for 1 x 256 tokens and 100000 patches.*lower N or L"):
+        fitting_tokens(memory, cost, patches_per_token=0.1, least_patches=100_000)
+
+
+@pytest.mark.parametrize(("N", "L"), [("auto", 2048), (128, "auto")])
+def test_a_given_n_or_l_stays_within_the_gpu_that_s_is_chosen_for(tmp_path: Path, N: Any, L: Any) -> None:
+    units = units_of(tmp_path, web=[[text(200), image(4, 4)]] * 600)
+    memory = MemoryConfig(gpu_bytes=3_000_000_000, shards=64, reserve=0.0)
+    config = free_config(tmp_path, budget=BudgetConfig(S="auto", N=N, L=L), memory=memory)
+    choice = choose_budget(units, config, IDS)
+    assert choice.record["memory_bytes"] <= 3_000_000_000
 
 
 def test_s_is_chosen_for_a_gpu(tmp_path: Path) -> None:
@@ -255,7 +275,10 @@ def test_auto_is_read_from_files_and_from_the_command_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": BudgetConfig(S="auto", N=1, L=16)}, 'budget.S is "auto" and memory.gpu_bytes is not set'),
+        (
+            {"budget": BudgetConfig(S="auto", N=1, L="auto")},
+            'budget.S is "auto" and memory.gpu_bytes is not set',
+        ),
         ({"budget": BudgetConfig(S=20, N="auto", L=12)}, "max_patches_per_image 16 is above budget.L 12"),
         ({"budget": BudgetConfig(S=20, N="auto", L=18)}, "budget.L 18 is not a multiple of merge"),
         (
@@ -272,6 +295,27 @@ def test_what_no_choice_can_mend_is_refused_at_once(tmp_path: Path, changes: Any
 def test_rows_that_are_not_a_multiple_are_refused() -> None:
     with pytest.raises(ValueError, match="N 3 is not a multiple of rows_multiple 2"):
         BudgetConfig(S=20, N=3, L=16, rows_multiple=2)
+
+
+def test_s_is_not_chosen_where_n_and_l_are_given() -> None:
+    with pytest.raises(ValueError, match='S is "auto" with N and L given: leave N or L'):
+        BudgetConfig(S="auto", N=1, L=16)
+
+
+def test_an_s_beyond_a_parquet_value_or_a_worker_is_refused(tmp_path: Path) -> None:
+    assert BudgetConfig(S=2**29 - 1, N=1, L=16)
+    with pytest.raises(ValueError, match="S 536870912 is too large: 4 bytes a token"):
+        BudgetConfig(S=2**29, N=1, L=16)
+    # 12 bytes a token, three times, beside 350 MB: 1.5 GB hold 31.9 million tokens.
+    with pytest.raises(ValueError, match=r"budget.S tokens are 384000000 and .* 1502[0-9]{6}, above limits"):
+        free_config(tmp_path, budget=BudgetConfig(S=32_000_000, N=1, L="auto"))
+
+
+def test_an_s_that_no_sample_fits_is_told(tmp_path: Path) -> None:
+    units = units_of(tmp_path, web=[[image(4, 4)]] * 3)
+    config = free_config(tmp_path, budget=BudgetConfig(S=2, N="auto", L="auto"))
+    with pytest.raises(UserError, match="no sample of 3 fits a pack of S = 2 tokens"):
+        choose_budget(units, config, IDS)
 
 
 def test_more_rows_than_a_pack_may_hold_are_told(tmp_path: Path) -> None:
@@ -331,6 +375,7 @@ def test_explain_needs_something_to_explain(config_file: Path, capsys: pytest.Ca
     assert main(words(config_file, "scan")) == 0
     assert main(words(config_file, "plan", "--explain")) == 2
     assert "S, N and L are given, nothing was chosen" in capsys.readouterr().err
+    assert [path.name for path in (config_file.parent / "out" / "plan").iterdir()] == ["identity.json"]
 
 
 def test_a_chosen_budget_is_planned_packed_proven_and_kept(
@@ -350,10 +395,14 @@ def test_a_chosen_budget_is_planned_packed_proven_and_kept(
     capsys.readouterr()
     assert main(words(config_file, "plan", "--explain")) == 0
     assert f"S = 64, N = {choice['budget']['N']}, L = {choice['budget']['L']}" in capsys.readouterr().out
-    # Interrupted after the choice: the budget that was chosen is taken again.
-    (output / "plan" / "plan.json").unlink()
+    assert main(words(config_file, "plan", "--explain", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["explain"] == choice
     edited = {**choice, "budget": {**choice["budget"], "N": choice["budget"]["N"] + 1}}
     (output / "plan" / "budget.json").write_text(json.dumps(edited))
+    assert main(words(config_file, "run")) == 2
+    assert "planned for {'S': 64, " in capsys.readouterr().err
+    # Interrupted after the choice: the budget that was chosen is taken again.
+    (output / "plan" / "plan.json").unlink()
     for path in (output / "plan").glob("train-*"):
         path.unlink()
     assert main(words(config_file, "run")) == 0

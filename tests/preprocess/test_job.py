@@ -591,15 +591,15 @@ def test_a_budget_whose_packs_no_parquet_value_holds_is_refused(finished: Prepro
 
 
 def test_a_budget_whose_packs_no_worker_holds_is_refused(finished: PreprocessConfig) -> None:
-    # Three copies of a pack of 192 bytes per patch and 350 MB: 200 * 1,000 patches take 465.2 MB.
+    # Three copies of a pack of 192 bytes per patch and 12 per token, and 350 MB: 200 * 1,000 patches and 64 tokens.
     geometry = replace(finished.geometry, patch_size=8, temporal_patch_size=1)
     budget = replace(finished.budget, N=200, L=1000)
-    limits = replace(finished.limits, max_memory=465_200_000)
+    limits = replace(finished.limits, max_memory=465_202_304)
     fits = replace(finished, geometry=geometry, budget=budget, limits=limits)
     with pytest.raises(
-        ValueError, match=r"38400000 bytes per pack.* holds 465200000, above limits.max_memory 465199999"
+        ValueError, match=r"38400000 bytes per pack.* holds 465202304, above limits.max_memory 465202303"
     ):
-        replace(fits, limits=replace(limits, max_memory=465_199_999))
+        replace(fits, limits=replace(limits, max_memory=465_202_303))
 
 
 def test_a_shard_that_another_run_wrote_meanwhile_is_never_finished(config: PreprocessConfig) -> None:

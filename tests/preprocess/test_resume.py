@@ -264,7 +264,7 @@ def test_every_setting_that_may_change_a_byte_is_part_of_the_identity(quiet: Pre
         }
     # The GPU counts where S is chosen by it.
     memory = replace(quiet.memory, gpu_bytes=1 << 30)
-    config = replace(quiet, budget=replace(quiet.budget, S="auto"), memory=memory)
+    config = replace(quiet, budget=replace(quiet.budget, S="auto", N="auto"), memory=memory)
     same = {name for name, new in changes(config) if identity_of(new) == identity_of(config)}
     assert not any(name.startswith("memory.") for name in same)
 
