@@ -19,7 +19,7 @@ from shared.errors import UserError
 from shared.files import file_checksum
 from shared.geometry import Budget
 from shared.schema import IGNORE_LABEL, Document, Pack
-from shared.tokens import TokenIds
+from shared.tokens import TokenIds, tokenizer_hash
 
 
 def verify_dataset(path: Path) -> tuple[dict[str, int], list[str]]:
@@ -45,6 +45,7 @@ def _verify(dataset: DataSet) -> tuple[dict[str, int], list[str]]:
         counts["shards"] += 1
         counts["bytes"] += shard.bytes
         faults += [f"{shard.name}: {fault}" for fault in _verify_shard(dataset, shard, counts, by_source)]
+    faults += _tokenizer_faults(dataset)
     try:
         faults += _total_faults(dataset.manifest["totals"], counts)
         faults += _fill_faults(dataset.manifest["fill"], counts, dataset.budget)
@@ -52,6 +53,16 @@ def _verify(dataset: DataSet) -> tuple[dict[str, int], list[str]]:
     except (KeyError, TypeError, AttributeError) as error:
         faults.append(f"totals, fill or account in dataset.json are not valid: {error!r}")
     return counts, faults
+
+
+def _tokenizer_faults(dataset: DataSet) -> list[str]:
+    """Whoever trains or decodes later takes the tokenizer that lies beside the shards."""
+    directory = dataset.path / "tokenizer"
+    try:
+        same = tokenizer_hash(directory) == dataset.tokens.tokenizer_sha256
+    except (UserError, OSError) as error:
+        return [f"tokenizer: {error}"]
+    return [] if same else ["tokenizer: is not the one that the data set was made with; copy it again"]
 
 
 def _verify_shard(

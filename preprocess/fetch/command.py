@@ -21,7 +21,7 @@ def main(words: Sequence[str], as_json: bool) -> int:
     record = run_fetch(config)
     if as_json:
         print(json.dumps({"output": config.output, **record}))
-        return 0
+        return _end(config, record)
     for name in ("rows", "images"):
         if name in record:
             print(_account_line(name, record[name]))
@@ -29,7 +29,16 @@ def main(words: Sequence[str], as_json: bool) -> int:
         print(f"{record['image_bytes'] / 1e6:,.1f} MB in {config.output}, failures in failures.parquet")
     else:
         print(f"slice {record['slice']} is done; {record['files_missing']} files of other slices are missing")
-    return 0
+    return _end(config, record)
+
+
+def _end(config: FetchConfig, record: dict[str, Any]) -> int:
+    """0, unless nothing at all was fetched: that is no bad luck, whatever `max_failure_rate` allows."""
+    account = record.get("images") or record["rows"]
+    if not account["read"] or account["fetched"]:
+        return 0
+    reasons = ", ".join(f"{reason} {count}" for reason, count in account["failed"].items())
+    raise UserError(f"{config.output}: nothing was fetched ({reasons}); correct [input] and look at failures.parquet")
 
 
 def _account_line(name: str, account: dict[str, Any]) -> str:

@@ -403,6 +403,16 @@ def test_where_only_a_part_is_learned_a_label_may_be_missing_but_never_wrong(dat
     assert spoil_first_pack(dataset, mistake) == ["a label is not the next token of its document"]
 
 
+def test_another_tokenizer_beside_the_shards_is_found(dataset: Path) -> None:
+    path = dataset / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    (fault,) = verify_dataset(dataset)[1]
+    assert "is not the one that the data set was made with" in fault
+    path.unlink()
+    (fault,) = verify_dataset(dataset)[1]
+    assert "tokenizer.json" in fault
+
+
 def test_a_document_of_which_nothing_is_learned_is_found(dataset: Path) -> None:
     edit_manifest(dataset, lambda manifest: manifest["unlearned_tokens"].update(web=1))
 

@@ -461,6 +461,18 @@ def test_the_command_prints_the_account_for_people_and_one_object_for_scripts(
     assert record["output"] == str(tmp_path / "out") and record["rows"]["fetched"] == 2 and said.err == ""
 
 
+def test_a_fetch_of_nothing_at_all_is_a_mistake_whatever_may_fail(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = write_rows(tmp_path / "a.jsonl", numbered(server, 3))
+    (tmp_path / "config.toml").write_text("")
+    command = ["fetch", str(tmp_path / "config.toml"), *words(tmp_path, table, input__key="kye")]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("rows: 3 read = 0 fetched + 3 failed (no_key 3)\n")
+    assert "nothing was fetched (no_key 3); correct [input]" in said.err
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
