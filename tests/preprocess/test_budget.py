@@ -258,6 +258,9 @@ def test_s_is_chosen_for_a_gpu(tmp_path: Path) -> None:
     # 10 tokens come with 16 patches.
     assert 1.6 * choice.budget.S * 0.9 <= choice.budget.N * choice.budget.L
     assert choice.record["memory_bytes"] == pack_memory(choice.budget, memory, config.cost) <= 4_000_000_000
+    # Nor was a larger one tried: N * L up to 1.28 times the demand would not fit.
+    tried = [Budget(S=line["S"], N=line["N"], L=line["L"]) for line in choice.record["curve"]]
+    assert max(pack_memory(budget, memory, config.cost) for budget in tried) <= 4_000_000_000
 
 
 # Configs
