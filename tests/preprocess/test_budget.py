@@ -224,6 +224,16 @@ def test_s_fills_the_gpu_and_leaves_room_for_its_patches() -> None:
     assert pack_memory(Budget(S=tokens + 256, N=1, L=int(2.2 * (tokens + 256))), memory, cost) > free
 
 
+def test_no_budget_is_tried_that_the_gpu_does_not_hold(tmp_path: Path) -> None:
+    # Of 20 GB 256 tokens are little: N * L of 1.28 times the demand would not fit.
+    units = units_of(tmp_path, web=[[text(2), image(4, 4)]] * 600)
+    memory = MemoryConfig(gpu_bytes=20_000_000_000, shards=64, reserve=0.0)
+    config = free_config(tmp_path, budget=BudgetConfig(S="auto", N="auto", L="auto"), memory=memory)
+    curve = choose_budget(units, config, IDS).record["curve"]
+    tried = [Budget(S=line["S"], N=line["N"], L=line["L"]) for line in curve]
+    assert max(pack_memory(budget, memory, config.cost) for budget in tried) <= 20_000_000_000
+
+
 def test_a_gpu_that_the_model_fills_is_told() -> None:
     with pytest.raises(UserError, match=r"weights and optimizer leave 0.0 GB.*raise memory.shards"):
         fitting_tokens(MemoryConfig(gpu_bytes=3_000_000_000, shards=1), CostConfig(), 2.0, 0)
@@ -258,9 +268,6 @@ def test_s_is_chosen_for_a_gpu(tmp_path: Path) -> None:
     # 10 tokens come with 16 patches.
     assert 1.6 * choice.budget.S * 0.9 <= choice.budget.N * choice.budget.L
     assert choice.record["memory_bytes"] == pack_memory(choice.budget, memory, config.cost) <= 4_000_000_000
-    # Nor was a larger one tried: N * L up to 1.28 times the demand would not fit.
-    tried = [Budget(S=line["S"], N=line["N"], L=line["L"]) for line in choice.record["curve"]]
-    assert max(pack_memory(budget, memory, config.cost) for budget in tried) <= 4_000_000_000
 
 
 # Configs
