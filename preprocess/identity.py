@@ -90,17 +90,19 @@ def made_by() -> dict[str, str]:
 def plan_identity(config: PreprocessConfig, scan: dict[str, Any]) -> dict[str, Any]:
     """Everything that plan and shards depend on."""
     settings = to_dict(config)
-    # The GPU that S is chosen by; a given S knows none.
-    chosen = {"memory": settings["memory"]} if config.budget.S == AUTO else {}
+    # What only a choice depends on: the GPU that S is chosen by, the rules that N and L are.
+    memory = {"memory": settings["memory"]} if config.budget.S == AUTO else {}
+    fixed = config.budget.fixed
     return {
         "scan": scan,
-        **chosen,
+        **memory,
+        "budget": settings["budget"] if fixed is None else to_dict(fixed),
         "rules": {
             name: {key: source[key] for key in ("too_long", "bad_media", "repeat", "weight")}
             for name, source in settings["sources"].items()
         },
         "pixels": {key: settings["geometry"][key] for key in PIXELS},
-        **{key: settings[key] for key in ("budget", "plan", "cost", "seed", "codec", "images")},
+        **{key: settings[key] for key in ("plan", "cost", "seed", "codec", "images")},
         "codec_settings": codec_settings(
             config.codec, jpeg_quality=config.jpeg_quality, zstd_level=config.zstd_level
         ),

@@ -111,7 +111,15 @@ class Job:
         """Given, or chosen by the lengths that the scan found and kept for good before anything is planned."""
         if (fixed := self.config.budget.fixed) is not None:
             return fixed
-        return Budget(**self.budget_choice()["budget"])
+        path, choice = self.output / "plan" / BUDGET_CHOICE, self.budget_choice()
+        try:
+            budget = Budget(**choice["budget"])
+            self.config.budget_limits.check(budget.S, budget.N, budget.L)
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path}: holds no budget of this config ({error}); delete plan/ and shards/ and run again"
+            ) from None
+        return budget
 
     def budget_choice(self) -> dict[str, Any]:
         """What plan/budget.json holds, measured if need be.

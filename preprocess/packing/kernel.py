@@ -624,8 +624,10 @@ def _choose_pieces(
         else:
             tops.tokens_c[top] = NEVER  # not in this pack: its images do not fit the rows
             failed += 1
-        if waste(room, aim) < best.waste:
-            best = End(waste(room, aim), depth, -1, -1)
+        wasted = waste(room, aim)
+        # A piece too small for UNIT to tell from nothing goes along, or packs would hold one each.
+        if wasted < best.waste or (wasted == best.waste and best.depth == depth - 1 and best.first < 0):
+            best = End(wasted, depth, -1, -1)
         if limits.N > 1:
             measure_gaps(rows, limits.shift, usual_image, tops, aim)
         top, largest = next_top(tops, room, aim)

@@ -33,9 +33,10 @@ from shared.errors import UserError
 from shared.geometry import Budget
 from shared.tokens import TokenIds
 
-# Samples that the last decision is made on, and those that show where to look. Fill differs by less than 0.1 %
-# between a sample and all (docs/packing.md).
+# Samples that the last decision is made on, and those that show where to look; fewer where they fill so many packs:
+# long documents. Fill differs by less than 0.2 % between a sample and all (benchmarks/budgets.py).
 LARGE, SMALL = 65_536, 16_384
+LARGE_PACKS, SMALL_PACKS = 8192, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +62,29 @@ def choose_budget(
         raise UserError(
             f"{config.output}: the index holds no sample to choose a budget by; see the rejects there"
         )
-    few = _subset(samples, SMALL, config.seed)
     tokens = int(sample_tokens(samples.segments, ids).sum())
     patches = int(sample_images(samples.segments)[1].sum())
     search = _search(config, tokens, patches)
+    per_pack = search.S * len(samples) / tokens
+    many = _subset(samples, min(LARGE, 1 + round(LARGE_PACKS * per_pack)), config.seed)
+    few = _subset(samples, min(SMALL, 1 + round(SMALL_PACKS * per_pack)), config.seed)
 
     def packed(budget: Budget, large: bool) -> BudgetPoint:
-        return measure(samples if large else few, names, budget, config, ids)
+        return measure(many if large else few, names, budget, config, ids)
 
     best, curve = search_budget(search, packed)
     if not best.packs:
         raise UserError(
-            f"{config.output}: no sample of {len(samples)} fits a pack of S = {search.S} tokens; raise budget.S"
+            f"{config.output}: no sample of {len(many)} fits a pack of S = {search.S} tokens; raise budget.S"
         )
     record = {
         "budget": asdict(best.budget),
         "chosen": describe(best),
         "beside": describe(packed(beside, True)) if beside is not None else None,
-        "samples": len(samples),
+        "samples": len(many),
         "demand": round(search.demand, 1),
         "least_vision": search.least_vision,
+        "gpu_bytes": config.memory.gpu_bytes,
         "memory_bytes": pack_memory(best.budget, config.memory, config.cost)
         if config.memory.gpu_bytes
         else None,

@@ -73,4 +73,6 @@ def _reasons(record: Mapping[str, Any]) -> Iterator[str]:
         f"rows less than {record['least_vision']:.0%} full are taken only where none are fuller (budget.least_vision)"
     )
     if record["memory_bytes"] is not None:
-        yield f"memory: about {record['memory_bytes'] / 1e9:.1f} GB of the GPU, by the model of [memory]"
+        needed, there = record["memory_bytes"] / 1e9, record["gpu_bytes"] / 1e9
+        verdict = "" if needed <= there else ": too much"
+        yield f"memory: about {needed:.1f} GB of the GPU's {there:.1f}, by the model of [memory]{verdict}"

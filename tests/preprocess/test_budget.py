@@ -13,14 +13,14 @@ import pytest
 from preprocess.__main__ import main
 from preprocess.budgets import BudgetConfig, BudgetLimits, MemoryConfig
 from preprocess.config import CostConfig, PlanConfig, PreprocessConfig, VideoConfig
-from preprocess.cost import linear_cost
+from preprocess.cost import linear_cost, pack_cost
 from preprocess.index import IndexedUnit
 from preprocess.job import run_job
 from preprocess.packing.budgets import BudgetPoint, Search, best_of, search_budget
 from preprocess.plan import choose_budget
 from preprocess.plan.budget import as_samples, draw_samples, measure
 from preprocess.plan.memory import fitting_tokens, pack_memory
-from preprocess.samples import IMAGE, TEXT, IndexSegment, segments_column
+from preprocess.samples import IMAGE, TEXT, VIDEO, IndexSegment, segments_column
 from preprocess.sources.text import TextConfig
 from preprocess.verify import verify_dataset
 from shared.config import load_config, to_toml
@@ -144,6 +144,16 @@ def test_fills_and_waste_are_those_counted_by_hand(tmp_path: Path) -> None:
     assert found.waste == pytest.approx(linear_cost(8, 48, config.cost) / linear_cost(32, 16, config.cost))
 
 
+def test_frames_of_a_video_attend_to_themselves_alone(tmp_path: Path) -> None:
+    # Two frames of 4 x 4: 2 * 16**2 pairs, and the stream of 2 + 2 * 4 + 2 = 12 tokens causal.
+    video = IndexSegment(VIDEO, "x.tar", 0, 1, 10, 8, 9, 2, 4, 4)
+    samples = as_samples([(0, segments_column([[video]]))])
+    config = free_config(tmp_path)
+    found = measure(samples, ["web"], Budget(S=20, N=1, L=32), config, IDS)
+    useful = pack_cost([12], [16, 16], config.cost)
+    assert found.waste == pytest.approx(linear_cost(8, 0, config.cost) / useful)
+
+
 def test_a_rejected_sample_is_waste(tmp_path: Path) -> None:
     samples = samples_of([[text(18)], [text(19)]])
     config = free_config(tmp_path, cost=CostConfig(decoder_layers=0, encoder_layers=0))
@@ -183,6 +193,15 @@ def test_the_budget_that_fits_data_of_one_kind_is_found(tmp_path: Path) -> None:
     assert choose_budget(units, four, IDS).budget == Budget(S=100, N=5, L=32)
     longer = replace(config, budget=BudgetConfig(S=100, N="auto", L=80))
     assert choose_budget(units, longer, IDS).budget == Budget(S=100, N=2, L=80)
+
+
+def test_long_documents_need_no_more_samples_than_fill_packs_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocess.plan.budget.LARGE_PACKS", 10)
+    units = units_of(tmp_path, web=[[text(8)]] * 50)
+    # 10 tokens each, two to a pack of S = 20.
+    assert choose_budget(units, free_config(tmp_path), IDS).record["samples"] == 21
 
 
 def test_text_alone_gets_the_smallest_rows(tmp_path: Path) -> None:
@@ -411,6 +430,11 @@ def test_a_chosen_budget_is_planned_packed_proven_and_kept(
     (output / "plan" / "budget.json").write_text(json.dumps(edited))
     assert main(words(config_file, "run")) == 2
     assert "planned for {'S': 64, " in capsys.readouterr().err
+    damaged = json.dumps({**choice, "budget": 3})
+    (output / "plan" / "budget.json").write_text(damaged)
+    assert main(words(config_file, "plan")) == 2
+    assert "holds no budget of this config" in capsys.readouterr().err
+    (output / "plan" / "budget.json").write_text(json.dumps(edited))
     # Interrupted after the choice: the budget that was chosen is taken again.
     (output / "plan" / "plan.json").unlink()
     for path in (output / "plan").glob("train-*"):

@@ -455,6 +455,16 @@ def test_one_row_of_more_patches_than_32_bits_count_is_filled_to_the_patch() -> 
     assert pack(exact, budget).num_packs == 1
 
 
+def test_pieces_too_small_to_be_told_apart_from_nothing_fill_packs_all_the_same() -> None:
+    # Each is a millionth of the budget, below the 65,536th that shares are counted in.
+    count = 70_000
+    nothing = np.zeros(0, np.int64)
+    packing = pack_pieces(
+        np.ones(count, np.int64), np.zeros(count + 1, np.int64), nothing, Budget(S=1 << 20, N=1, L=64)
+    )
+    assert packing.num_packs == 1
+
+
 def test_an_s_beyond_what_is_counted_is_refused() -> None:
     with pytest.raises(ValueError, match=r"S = 1073741824 is too large to plan"):
         pack([(5, [])], Budget(S=1 << 30, N=1, L=1))
