@@ -192,7 +192,10 @@ def write_index(directory: Path, options: argparse.Namespace) -> list[IndexedUni
     begin = time.perf_counter()
     distinct = units[: options.distinct_files]
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        jobs = [(unit.source, unit.path, number, options.lengths, GEOMETRY) for number, unit in enumerate(distinct)]
+        jobs = [
+            (unit.source, unit.path, number, options.lengths, GEOMETRY)
+            for number, unit in enumerate(distinct)
+        ]
         list(pool.map(write_file, jobs))
     by_source = {name: [u.path for u in distinct if u.source == name] for name in ("captions", "documents")}
     for number, unit in enumerate(units[len(distinct) :]):

@@ -38,7 +38,9 @@ def _end(config: FetchConfig, record: dict[str, Any]) -> int:
     if not account["read"] or account["fetched"]:
         return 0
     reasons = ", ".join(f"{reason} {count}" for reason, count in account["failed"].items())
-    raise UserError(f"{config.output}: nothing was fetched ({reasons}); correct [input] and look at failures.parquet")
+    raise UserError(
+        f"{config.output}: nothing was fetched ({reasons}); correct [input] and look at failures.parquet"
+    )
 
 
 def _account_line(name: str, account: dict[str, Any]) -> str:

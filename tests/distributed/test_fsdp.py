@@ -62,7 +62,9 @@ def measure(dtype: str, factor: int, directory: str) -> dict[str, Any]:
         curve = []
         for index in range(STEPS):
             counts = {"num_labels": sum(map(num_labels, batches)), "num_tokens": 1, "num_patches": 1}
-            step: Any = SimpleNamespace(index=index, microbatches=batches, cost_imbalance=1.0, wait_s=0.0, **counts)
+            step: Any = SimpleNamespace(
+                index=index, microbatches=batches, cost_imbalance=1.0, wait_s=0.0, **counts
+            )
             stats = train_step(model, optimizer, step, world, lr=1e-2, max_grad_norm=0.5)
             curve.append([world.sum_on_device(stats.loss).item(), stats.grad_norm.item()])
         if directory:

@@ -64,7 +64,9 @@ def deal_packs(
     sums_r = np.zeros(dp_size, np.int64)
     table = np.empty((dp_size, accumulation, packs_per_microbatch), np.int64)
     for number, own in enumerate(rounds):
-        ranks = np.argsort(sums_r, kind="stable")  # the costliest of a round goes to the rank of the least sum
+        ranks = np.argsort(
+            sums_r, kind="stable"
+        )  # the costliest of a round goes to the rank of the least sum
         table[ranks, number] = np.array(dealt)[own]
         sums_r[ranks] += cost[own]
     return table
