@@ -11,6 +11,7 @@ import re
 import socket
 import socketserver
 import struct
+import sys
 import threading
 import urllib.parse
 from collections.abc import Generator
@@ -108,6 +109,15 @@ def use_gs(patch: pytest.MonkeyPatch, endpoint: str) -> None:
     import gcsfs
 
     gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def without_gs(patch: pytest.MonkeyPatch) -> None:
+    """As if the client of GCS were not installed: fsspec keeps the class that it found once."""
+    from fsspec.registry import _registry as found
+
+    patch.setitem(sys.modules, "gcsfs", None)
+    for name in ("gs", "gcs"):
+        patch.delitem(found, name, raising=False)
 
 
 class Proxy(socketserver.ThreadingTCPServer):

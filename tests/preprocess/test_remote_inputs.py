@@ -27,7 +27,16 @@ from preprocess.sources.webdataset import WebDataset, WebDatasetConfig
 from shared import remote
 from shared.errors import UserError
 from tests.preprocess.inputs import Reads, mixed_samples, write_samples
-from tests.preprocess.stores import BUCKET, WebServer, proxy_to, put, s3_server, use_s3, web_server
+from tests.preprocess.stores import (
+    BUCKET,
+    WebServer,
+    proxy_to,
+    put,
+    s3_server,
+    use_s3,
+    web_server,
+    without_gs,
+)
 from tests.preprocess.test_tars import CONTEXT, PACK, contents, scan
 
 CONTENT = bytes(range(256)) * 400  # 102,400 bytes
@@ -80,7 +89,7 @@ def test_what_is_not_there_is_one_line_that_names_it(
     s3: str, path: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put("folder/a", b"x")
-    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    without_gs(monkeypatch)
     with pytest.raises(UserError, match=message) as caught:
         expand_paths("web", (path,))
     assert path.rstrip("*") in str(caught.value) and "'web'" in str(caught.value)

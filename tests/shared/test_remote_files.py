@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from shared.files import (
 )
 from shared.remote import as_path, is_remote, shown
 from shared.tables import open_table, read_table
-from tests.preprocess.stores import BUCKET, client, put, s3_server
+from tests.preprocess.stores import BUCKET, client, put, s3_server, without_gs
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ def test_the_second_names_of_protocols_find_what_the_first_ones_do(
     directory = as_path(f"s3a://{BUCKET}/second/")
     assert existing([directory / "a"]) == {as_path(f"s3://{BUCKET}/second/a")}
     assert list_files(directory, "*") == [directory / "a"] and list_tree(directory) == ["a"]
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    without_gs(monkeypatch)
     with pytest.raises(UserError, match=r"^gs://bucket/a: the client of gs://"):
         as_path("gcs://bucket/a")
 
