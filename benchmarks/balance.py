@@ -24,7 +24,7 @@ from preprocess.config import CostConfig
 from preprocess.cost import attention_cost, linear_cost
 from preprocess.packing import pack_pieces
 from shared.geometry import Budget
-from trainer.data.order import deal_packs, packs_of_step
+from trainer.data.order import cost_imbalance, deal_packs, packs_of_step
 
 SETTINGS = [(2, 1024, Budget(S=8192, N=1, L=18304)), (1, 256, Budget(S=4096, N=1, L=2500))]
 RANKS, PACKS_PER_RANK = 64, 2
@@ -97,10 +97,7 @@ def ratios(
         table = np.arange(len(own)).reshape(RANKS, PACKS_PER_RANK, 1)
         if dealt:
             table = deal_packs(own, dp_size=RANKS, accumulation=PACKS_PER_RANK, packs_per_microbatch=1)
-        cost_rm = own[table].sum(axis=2)
-        mean = cost_rm.sum(axis=1).mean()
-        per_step[step] = cost_rm.sum(axis=1).max() / mean
-        per_microbatch[step] = cost_rm.max(axis=0).sum() / mean
+        per_step[step], per_microbatch[step] = cost_imbalance(own, table)
     return per_step, per_microbatch
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shared.config import require_at_least
 from shared.files import atomic_path
+from trainer.data.order import Imbalance
 from trainer.parallel.mesh import World
 
 ROWS = "metrics.jsonl"
@@ -54,7 +55,7 @@ class StepStats:
     labels: int
     tokens: int
     patches: int
-    cost_imbalance: float
+    imbalance: Imbalance
     wait_s: float
 
 
@@ -77,7 +78,8 @@ def read_rows(pending: Sequence[StepStats], seconds: float, world: World) -> lis
             "labels": stats.labels,
             "tokens": stats.tokens,
             "patches": stats.patches,
-            "cost_imbalance": stats.cost_imbalance,
+            "cost_imbalance": stats.imbalance.step,
+            "cost_imbalance_microbatch": stats.imbalance.microbatch,
             "data_wait_s": stats.wait_s,
             **rates,
         }

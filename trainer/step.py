@@ -50,7 +50,7 @@ def train_step(
         labels=labels,
         tokens=tokens,
         patches=patches,
-        cost_imbalance=step.cost_imbalance,
+        imbalance=step.imbalance,
         wait_s=step.wait_s,
     )
 

@@ -19,6 +19,7 @@ from tests.distributed.launch import launch
 from tests.trainer.batches import GEOMETRY, Picture, make_batch, num_labels, tiny_config
 from trainer.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from trainer.data.batch import Batch
+from trainer.data.order import Imbalance
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import OptimizerConfig, make_optimizer
 from trainer.parallel.mesh import World, open_world
@@ -63,7 +64,7 @@ def measure(dtype: str, factor: int, directory: str) -> dict[str, Any]:
         for index in range(STEPS):
             counts = {"num_labels": sum(map(num_labels, batches)), "num_tokens": 1, "num_patches": 1}
             step: Any = SimpleNamespace(
-                index=index, microbatches=batches, cost_imbalance=1.0, wait_s=0.0, **counts
+                index=index, microbatches=batches, imbalance=Imbalance(1.0, 1.0), wait_s=0.0, **counts
             )
             stats = train_step(model, optimizer, step, world, lr=1e-2, max_grad_norm=0.5)
             curve.append([world.sum_on_device(stats.loss).item(), stats.grad_norm.item()])

@@ -103,7 +103,7 @@ def test_counts_are_of_useful_labels_tokens_and_patches(dataset_path: Path) -> N
     # Per pack: [begin, image, end, text, eos] + [text, eos] = 7 tokens; labels text, eos, eos = 3; 4 patches.
     assert (step.num_tokens, step.num_labels, step.num_patches) == (4 * 7, 4 * 3, 4 * 4)
     assert step.wait_s >= 0
-    assert step.cost_imbalance == 1.0  # one rank
+    assert step.imbalance == (1.0, 1.0)  # one rank
 
 
 def test_an_epoch_has_as_many_steps_as_packs_allow(dataset_path: Path) -> None:

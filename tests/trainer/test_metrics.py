@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.data.order import Imbalance
 from trainer.metrics import Console, MetricFiles, Reporter, StepStats, keep_rows, progress_line
 from trainer.parallel.mesh import World
 
@@ -25,7 +26,7 @@ def stats(step: int) -> StepStats:
         labels=3,
         tokens=100,
         patches=50,
-        cost_imbalance=1.25,
+        imbalance=Imbalance(1.25, 1.5),
         wait_s=0.001,
     )
 
@@ -56,6 +57,7 @@ def test_every_step_has_its_row_and_lines_that_stay_come_seldom(
         1, rel=0.05
     )
     assert {row["cost_imbalance"] for row in rows if row["kind"] == "train"} == {1.25}
+    assert newest["cost_imbalance_microbatch"] == 1.5
     # Read after steps 2, 3 and 4; printed after every second step.
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step  2/10  loss 2.0000  grad 2.000  lr 1.00e-01")

@@ -64,6 +64,8 @@ def test_each_round_of_microbatches_evens_out_the_sums_of_the_rounds_before() ->
     # Rounds (8, 7) and (2, 1): the rank that got 8 gets 1.
     dealt = deal_packs(np.array([2, 8, 1, 7]), dp_size=2, accumulation=2, packs_per_microbatch=1)
     assert dealt.tolist() == [[[1], [2]], [[3], [0]]]
-    # Sums 8 + 1 and 7 + 2; and 8 + 2 beside 7 + 1, whose mean is 9.
-    assert cost_imbalance(np.array([2, 8, 1, 7]), dealt) == 1.0
-    assert cost_imbalance(np.array([2, 8, 1, 7]), np.array([[[1], [0]], [[3], [2]]])) == 10 / 9
+    # Sums 8 + 1 and 7 + 2, the largest of each round 8 and 2; then 8 + 2 beside 7 + 1; then 8 + 1 beside 2 + 7.
+    costs = np.array([2, 8, 1, 7])
+    assert cost_imbalance(costs, dealt) == (1.0, 10 / 9)
+    assert cost_imbalance(costs, np.array([[[1], [0]], [[3], [2]]])) == (10 / 9, 10 / 9)
+    assert cost_imbalance(costs, np.array([[[1], [2]], [[0], [3]]])) == (1.0, 15 / 9)

@@ -20,7 +20,7 @@ import torch
 
 from shared.dataset import DataSet
 from trainer.data.batch import Batch, assemble_batch, used_tokens
-from trainer.data.order import cost_imbalance, deal_packs, packs_of_step
+from trainer.data.order import Imbalance, cost_imbalance, deal_packs, packs_of_step
 
 # Steps kept ready: one being consumed, one waiting. More only costs memory.
 STEPS_AHEAD = 2
@@ -35,8 +35,7 @@ class Step:
     num_labels: int
     num_tokens: int
     num_patches: int
-    cost_imbalance: float
-    """Modelled cost of the costliest rank of this step, to the mean over all."""
+    imbalance: Imbalance
     wait_s: float
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +34,21 @@ def packs_of_step(num_packs: int, packs_per_step: int, seed: int, step: int) -> 
     return packs
 
 
-def cost_imbalance(costs: npt.NDArray[np.int64], dealt: npt.NDArray[np.int64]) -> float:
-    """Largest modelled cost of one rank in a step, to the mean; `dealt` as `deal_packs` returns it."""
-    cost_r = costs[dealt].sum(axis=(1, 2))
-    return float(cost_r.max() / cost_r.mean())
+class Imbalance(NamedTuple):
+    """Modelled cost of the costliest rank to the mean over ranks: where they meet once a step, or at every microbatch.
+
+    FSDP gathers weights in every microbatch, so that `microbatch` is the time that is lost with it.
+    """
+
+    step: float
+    microbatch: float
+
+
+def cost_imbalance(costs: npt.NDArray[np.int64], dealt: npt.NDArray[np.int64]) -> Imbalance:
+    """Of one step; `dealt` as `deal_packs` returns it."""
+    cost_ra = costs[dealt].sum(axis=2)  # rank, accumulated microbatch
+    mean = cost_ra.sum() / len(cost_ra)
+    return Imbalance(float(cost_ra.sum(axis=1).max() / mean), float(cost_ra.max(axis=0).sum() / mean))
 
 
 def deal_packs(
