@@ -95,7 +95,7 @@ def make_input(directory: Path, tar: Path, tokenizer: Path, pictures: int, text:
         "text": TextConfig(paths=(f"{directory}/*.jsonl",)),
     }
     return PreprocessConfig(
-        output="",
+        output="set for each run",
         tokenizer=str(tokenizer),
         sources=sources,
         budget=BudgetConfig(S=4096, N=7, L=2048),
