@@ -33,6 +33,7 @@ from preprocess.job import run_job
 from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.synthetic import train_tokenizer
 from preprocess.video import decode, load_video, num_temporal_patches, patches_per_frame, read_video_header
+from preprocess.video.header import VideoHeader
 from preprocess.video.picture import to_picture
 from preprocess.video.sampling import frames_on_screen
 from shared.dataset import open_dataset
@@ -94,8 +95,12 @@ def make_clip(codec: str, container: str, height: int, width: int, count: int, k
     return file.getvalue()
 
 
+def header_of(data: bytes) -> VideoHeader:
+    return read_video_header(io.BytesIO(data), limits=LIMITS, config=CONFIG)
+
+
 def measure(name: str, data: bytes, rounds: int) -> dict[str, float]:
-    header = read_video_header(io.BytesIO(data), limits=LIMITS, config=CONFIG)
+    header = header_of(data)
     t = num_temporal_patches(header, CONFIG, GEOMETRY)
     cap = np.array([patches_per_frame(t, CONFIG, GEOMETRY)])
     [[h, w]] = resize_grid(np.array([header.height]), np.array([header.width]), GEOMETRY, cap).tolist()
@@ -133,12 +138,7 @@ def measure(name: str, data: bytes, rounds: int) -> dict[str, float]:
 
     assert np.array_equal(ours(), unskipped()), "skipping changed a pixel"
     assert np.array_equal(ours(), everything()), "seeking changed a pixel"
-    ways: list[Callable[[], object]] = [
-        lambda: read_video_header(io.BytesIO(data), limits=LIMITS, config=CONFIG),
-        ours,
-        unskipped,
-        everything,
-    ]
+    ways: list[Callable[[], object]] = [lambda: header_of(data), ours, unskipped, everything]
     times = [[seconds(way) for way in ways] for _ in range(rounds)]
     head, own, whole, loop = (statistics.median(column) for column in zip(*times, strict=True))
     figures = {

@@ -28,7 +28,7 @@ from preprocess.fetch.account import Result
 from preprocess.fetch.client import Client, Failure
 from preprocess.fetch.config import ChatInput
 from preprocess.fetch.responses import SNIFF_BYTES, redacted, sniff
-from preprocess.fetch.spool import Spool
+from preprocess.fetch.spool import Spool, fetched
 from preprocess.fetch.tables import Chunk, Record, RowError, key_of, plain
 from preprocess.sources.chat_turns import picture_places
 from preprocess.sources.pictures import NAMED_BY, is_address
@@ -62,13 +62,9 @@ async def fetch_conversations(chunk: Chunk, config: ChatInput, client: Client, p
     """Write the lines at `path`; the result counts records as rows, and the pictures that they name by URL."""
     result = Result()
     conversations = deque(_conversations(chunk, config, result))
-    spool = Spool(path.parent)
-    try:
-        urls = dict.fromkeys(slot.url for conversation in conversations for slot in conversation.slots)
-        await client.fetch_each(urls, spool.store)
+    urls = (slot.url for conversation in conversations for slot in conversation.slots)
+    async with fetched(client, urls, path.parent) as spool:
         await asyncio.to_thread(_write, path, conversations, spool, result)
-    finally:
-        spool.close()
     return result
 
 

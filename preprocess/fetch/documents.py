@@ -25,7 +25,7 @@ from preprocess.fetch.account import Result
 from preprocess.fetch.client import Client, Failure
 from preprocess.fetch.config import DocumentsInput
 from preprocess.fetch.responses import redacted
-from preprocess.fetch.spool import Place, Spool
+from preprocess.fetch.spool import Place, Spool, fetched
 from preprocess.fetch.tables import Chunk, Record, RowError, key_of
 from shared.errors import UserError
 
@@ -48,14 +48,10 @@ async def fetch_documents(chunk: Chunk, config: DocumentsInput, client: Client, 
     """Write the Parquet file at `path`; the result counts documents as rows, and their images."""
     result = Result()
     documents = list(_documents(chunk, config, result))
-    spool = Spool(path.parent)
-    try:
-        urls = dict.fromkeys(url for document in documents for url in document.urls if url is not None)
-        await client.fetch_each(urls, spool.store)
+    urls = (url for document in documents for url in document.urls if url is not None)
+    async with fetched(client, urls, path.parent) as spool:
         schema = _schema(chunk, config, documents)
         await asyncio.to_thread(_write, path, schema, _filled(documents, config, spool, result))
-    finally:
-        spool.close()
     return result
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from preprocess.fetch.client import Body, Failure
+from preprocess.fetch.client import Body, Client, Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +41,14 @@ class Spool:
 
     def close(self) -> None:
         self._file.close()
+
+
+@asynccontextmanager
+async def fetched(client: Client, urls: Iterable[str], directory: Path) -> AsyncGenerator[Spool, None]:
+    """What came of each URL, asked for once however often it is named; gone at the end."""
+    spool = Spool(directory)
+    try:
+        await client.fetch_each(dict.fromkeys(urls), spool.store)
+        yield spool
+    finally:
+        spool.close()

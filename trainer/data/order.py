@@ -70,15 +70,15 @@ def deal_packs(
         dealt[number].append(pack)
         if len(dealt[number]) < packs_per_microbatch:
             heapq.heappush(heap, (load + int(costs[pack]), number))
-    cost = np.array([costs[packs].sum() for packs in dealt])
+    packs = np.array(dealt, np.int64)
+    cost = costs[packs].sum(axis=1)
     # Neighbours in cost are different ranks of one round.
     rounds = np.argsort(-cost, kind="stable").reshape(accumulation, dp_size)
     sums_r = np.zeros(dp_size, np.int64)
     table = np.empty((dp_size, accumulation, packs_per_microbatch), np.int64)
     for number, own in enumerate(rounds):
-        ranks = np.argsort(
-            sums_r, kind="stable"
-        )  # the costliest of a round goes to the rank of the least sum
-        table[ranks, number] = np.array(dealt)[own]
+        # The costliest of a round goes to the rank of the least sum.
+        ranks = np.argsort(sums_r, kind="stable")
+        table[ranks, number] = packs[own]
         sums_r[ranks] += cost[own]
     return table
