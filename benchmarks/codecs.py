@@ -183,9 +183,8 @@ def store_by(dataset: DataSet, path: Path, codec: str, settings: dict[str, int])
         writer.append(replace(pack, stored=stored, images=images), dataset.documents("train", number))
     writer.close()
     entry = {"name": shard.name, "split": "train", "packs": writer.num_packs, "bytes": 0, "checksum": ""}
-    write_json(
-        path / "dataset.json", {**contract, "fingerprint": fingerprint_of(contract), "shards": [entry]}
-    )
+    manifest = {**contract, "fingerprint": fingerprint_of(contract), "shards": [entry]}
+    write_json(path / "dataset.json", {**manifest, "account": dataset.manifest["account"]})
     return path
 
 
@@ -208,7 +207,7 @@ def loaded_mb_s(path: Path, threads: int) -> float:
         next(steps)
     begin = time.perf_counter()
     count = max(8, dataset.num_packs("train"))
-    patches = sum(step.num_patches for step in itertools.islice(steps, count))
+    patches = sum(step.counts.patches for step in itertools.islice(steps, count))
     seconds = time.perf_counter() - begin
     loader.close()
     return patches * dataset.geometry.values_per_patch / seconds / 1e6

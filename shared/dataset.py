@@ -126,6 +126,21 @@ class DataSet:
         reader, row = self.locate(split, index)
         return reader.documents(row)
 
+    @cached_property
+    def sources(self) -> list[str]:
+        """Names of all sources, sorted: what the numbers of `document_spans` mean."""
+        account = self.manifest.get("account")
+        if not isinstance(account, dict):
+            raise UserError(f"data set {self.path}: {MANIFEST} has no account of its sources; build it again")
+        return sorted(account)
+
+    def document_spans(self, split: str, index: int) -> npt.NDArray[Any]:
+        """SPAN_DTYPE [documents] of one pack; `source` is a number in `sources`."""
+        reader, row = self.locate(split, index)
+        spans = reader.document_spans(row).copy()
+        spans["source"] = self._source_numbers(reader)[spans["source"]]
+        return spans
+
     def costs(self, split: str, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Modelled FLOPs of the packs `indices` of a split."""
         located = (self.locate(split, int(index)) for index in indices)
@@ -150,6 +165,16 @@ class DataSet:
             self._readers.clear()
             self._fetch(shard)
         return path
+
+    def _source_numbers(self, reader: ShardReader) -> npt.NDArray[np.int32]:
+        """Number in `sources` of each of a shard's sources."""
+        unknown = sorted(set(reader.sources) - set(self.sources))
+        if unknown:
+            raise UserError(
+                f"shard {reader.path}: holds documents of source {unknown[0]!r}, the account in {MANIFEST} has "
+                f"{', '.join(self.sources)}; copy the data set again"
+            )
+        return np.array([self.sources.index(name) for name in reader.sources], np.int32)
 
     def _split(self, split: str) -> tuple[list[int], list[ShardEntry]]:
         if split not in self._by_split:

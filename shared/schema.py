@@ -48,6 +48,9 @@ IMAGE_DTYPE = np.dtype(
     ]
 )
 
+# Which tokens of a pack come from which source, by its number in a table of names.
+SPAN_DTYPE = np.dtype([("start", "<i4"), ("length", "<i4"), ("source", "<i4")])
+
 
 @dataclass(frozen=True, slots=True)
 class Document:

@@ -32,6 +32,7 @@ from shared.schema import (
     MAPPED_COLUMNS,
     METADATA_FINGERPRINT,
     METADATA_VERSION,
+    SPAN_DTYPE,
     TOKEN_COLUMNS,
     Document,
     Pack,
@@ -124,6 +125,16 @@ class ShardReader:
         """Provenance of one pack. Decodes the column once per shard, on first use."""
         return [Document(**entry) for entry in self._documents[row].as_py()]
 
+    def document_spans(self, row: int) -> npt.NDArray[Any]:
+        """SPAN_DTYPE [documents] of one pack; `source` is a number in `sources`. Read once per shard, without keys."""
+        offsets, spans, _ = self._spans
+        return spans[offsets[row] : offsets[row + 1]]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources that this shard holds documents of."""
+        return self._spans[2]
+
     def damage(self, row: int) -> str | None:
         """None when the pack's bytes are those that were written, else what differs."""
         found, stored = self.pack(row).checksum(), int(self._index.checksums[row])
@@ -132,6 +143,24 @@ class ShardReader:
     @cached_property
     def _documents(self) -> pa.ChunkedArray:
         return _read_columns(self.path, ["documents"]).column("documents")
+
+    @cached_property
+    def _spans(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], list[str]]:
+        """Where each pack's spans begin [packs + 1], the spans of all packs, and the names of the sources."""
+        fields = [f"documents.list.element.{name}" for name in SPAN_DTYPE.names or ()]
+        numbers: dict[str, int] = {}
+        counts, parts = [np.zeros(1, np.int64)], [np.empty(0, SPAN_DTYPE)]
+        for lists in _read_columns(self.path, fields).column("documents").chunks:
+            struct = lists.flatten()
+            part = np.empty(len(struct), SPAN_DTYPE)
+            for name in ("start", "length"):
+                part[name] = struct.field(name).to_numpy()
+            source = struct.field("source")  # every chunk has a dictionary of its own
+            names = [numbers.setdefault(name, len(numbers)) for name in source.dictionary.to_pylist()]
+            part["source"] = np.array(names, np.int32)[source.indices.to_numpy()]
+            counts.append(np.diff(lists.offsets.to_numpy()).astype(np.int64))
+            parts.append(part)
+        return np.cumsum(np.concatenate(counts)), np.concatenate(parts), list(numbers)
 
     def _build_index(self) -> _Index:
         small = _read_columns(self.path, ["images", "cost", "checksum"])
@@ -228,7 +257,10 @@ def _read_footer(path: Path) -> pq.FileMetaData:
 
 def _read_columns(path: Path, columns: list[str]) -> pa.Table:
     try:
-        return pq.read_table(path, columns=columns, memory_map=True, page_checksum_verification=True)
+        # Small columns: threads would cost more. By row groups: Arrow cannot read nested dictionaries across them.
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            groups = [file.read_row_group(i, columns, use_threads=False) for i in range(file.num_row_groups)]
+            return pa.concat_tables(groups or [file.read(columns, use_threads=False)])
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"shard {path}: columns {', '.join(columns)} are damaged ({error})") from None
 

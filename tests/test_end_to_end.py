@@ -19,7 +19,7 @@ from preprocess.sources.webdataset import WebDatasetConfig
 from preprocess.synthetic import train_tokenizer, write_shapes
 from shared.dataset import DataSet, open_dataset
 from shared.geometry import Budget, Geometry
-from trainer.data.batch import Batch, assemble_batch
+from trainer.data.batch import Batch, BatchShape, assemble_batch
 
 P_SIDE, MERGE = 16, 2
 BUDGET = Budget(S=96, N=2, L=64)
@@ -96,14 +96,10 @@ def resized(picture_hwc: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def batch_of(dataset: DataSet, split: str, number: int) -> Batch:
-    return assemble_batch(
-        [dataset.pack(split, number)],
-        packs_per_microbatch=1,
-        budget=dataset.budget,
-        values_per_patch=dataset.geometry.values_per_patch,
-        merge=MERGE,
-        pad_token=dataset.tokens.pad,
+    shape = BatchShape(
+        packs=1, budget=dataset.budget, geometry=dataset.geometry, pad_token=dataset.tokens.pad
     )
+    return assemble_batch([dataset.pack(split, number)], [dataset.document_spans(split, number)], shape)
 
 
 def test_every_sample_arrives_in_a_batch_bit_for_bit(raw: Path, dataset: DataSet) -> None:

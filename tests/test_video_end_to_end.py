@@ -26,7 +26,7 @@ from shared.geometry import Geometry
 from tests.preprocess.inputs import byte_tokenizer, encode, noise, write_tar
 from tests.preprocess.videos import encode_video, frame_numbers, greys
 from trainer.attention import encoder_mask
-from trainer.data.batch import Batch, assemble_batch
+from trainer.data.batch import Batch, BatchShape, assemble_batch
 from trainer.models.siglip2 import Siglip2Config, Siglip2Encoder
 
 GEOMETRY = Geometry(patch_size=4, merge=2, max_patches_per_image=16)
@@ -56,14 +56,10 @@ def of_tar(path: Path, **changes: Any) -> WebDatasetConfig:
 
 
 def batch_of(dataset: DataSet, number: int = 0) -> Batch:
-    return assemble_batch(
-        [dataset.pack("train", number)],
-        packs_per_microbatch=1,
-        budget=dataset.budget,
-        values_per_patch=dataset.geometry.values_per_patch,
-        merge=dataset.geometry.merge,
-        pad_token=dataset.tokens.pad,
+    shape = BatchShape(
+        packs=1, budget=dataset.budget, geometry=dataset.geometry, pad_token=dataset.tokens.pad
     )
+    return assemble_batch([dataset.pack("train", number)], [dataset.document_spans("train", number)], shape)
 
 
 def images_of(dataset: DataSet) -> dict[str, tuple[tuple[int, int, int], np.ndarray]]:

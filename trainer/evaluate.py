@@ -28,7 +28,7 @@ from shared.errors import UserError
 from shared.geometry import Geometry, patchify, unpatchify
 from shared.schema import Pack
 from trainer.config import EvalConfig
-from trainer.data.batch import assemble_batch
+from trainer.data.batch import BatchShape, assemble_batch
 from trainer.models.vlm import VisionLanguageModel
 from trainer.parallel.mesh import World, open_world
 from trainer.run import load_run_config, restore_model
@@ -98,6 +98,12 @@ def evaluate_model(model: VisionLanguageModel, dataset: DataSet, config: EvalCon
     model.eval()
     loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     labels = 0
+    shape = BatchShape(
+        packs=config.packs_per_microbatch,
+        budget=dataset.budget,
+        geometry=dataset.geometry,
+        pad_token=dataset.tokens.pad,
+    )
     step = config.packs_per_microbatch * world.dp_size
     with torch.no_grad():
         for first in range(0, len(packs), step):
@@ -107,15 +113,9 @@ def evaluate_model(model: VisionLanguageModel, dataset: DataSet, config: EvalCon
             variants = [right]
             if donors is not None:
                 variants += [[with_pictures(packs[n], packs, donors[n], dataset.geometry) for n in own]]
+            spans = [dataset.document_spans(config.split, number) for number in own]
             for place, chosen in enumerate(variants):
-                batch = assemble_batch(
-                    chosen,
-                    packs_per_microbatch=config.packs_per_microbatch,
-                    budget=dataset.budget,
-                    values_per_patch=dataset.geometry.values_per_patch,
-                    merge=dataset.geometry.merge,
-                    pad_token=dataset.tokens.pad,
-                ).to(world.device)
+                batch = assemble_batch(chosen, spans, shape).to(world.device)
                 loss_sums[place] += model(batch).double().sum()
     model.train(training)
     total = world.sum_on_host([labels])[0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trainer.data.counts import Counts
 from trainer.metrics import StepStats
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import clip_gradients, set_lr
@@ -36,8 +37,8 @@ def train_step(
     max_grad_norm: float,
 ) -> StepStats:
     """Train on this rank's part of one global batch. Every rank calls it; nothing is read from the device."""
-    labels, tokens, patches = world.sum_on_host([step.num_labels, step.num_tokens, step.num_patches])
-    loss = backward(model, step.microbatches, labels, dp_size=world.dp_size)
+    counts = Counts.from_list(world.sum_on_host(step.counts.to_list()))
+    loss = backward(model, step.microbatches, counts.labels, dp_size=world.dp_size)
     grad_norm = clip_gradients(model, max_grad_norm)
     set_lr(optimizer, lr)
     optimizer.step()
@@ -47,9 +48,9 @@ def train_step(
         loss=loss,
         grad_norm=grad_norm,
         lr=lr,
-        labels=labels,
-        tokens=tokens,
-        patches=patches,
+        labels=counts.labels,
+        tokens=counts.tokens,
+        patches=counts.patches,
         imbalance=step.imbalance,
         wait_s=step.wait_s,
     )

@@ -7,7 +7,6 @@ relative error per parameter would compare noise with noise where a gradient is 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ from tests.distributed.launch import launch
 from tests.trainer.batches import GEOMETRY, Picture, make_batch, num_labels, tiny_config
 from trainer.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from trainer.data.batch import Batch
+from trainer.data.counts import Counts
+from trainer.data.loader import Step
 from trainer.data.order import Imbalance
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import OptimizerConfig, make_optimizer
@@ -62,10 +63,8 @@ def measure(dtype: str, factor: int, directory: str) -> dict[str, Any]:
         optimizer = make_optimizer(model, OptimizerConfig(lr=1e-2))
         curve = []
         for index in range(STEPS):
-            counts = {"num_labels": sum(map(num_labels, batches)), "num_tokens": 1, "num_patches": 1}
-            step: Any = SimpleNamespace(
-                index=index, microbatches=batches, imbalance=Imbalance(1.0, 1.0), wait_s=0.0, **counts
-            )
+            counts = Counts.from_list([sum(map(num_labels, batches)), *[1] * 7])
+            step = Step(index, batches, counts, Imbalance(1.0, 1.0), wait_s=0.0)
             stats = train_step(model, optimizer, step, world, lr=1e-2, max_grad_norm=0.5)
             curve.append([world.sum_on_device(stats.loss).item(), stats.grad_norm.item()])
         if directory:

@@ -64,7 +64,8 @@ def write_dataset(directory: Path, shards: Sequence[tuple[str, Sequence[PackRow]
         entries.append(
             {"name": path.name, "split": split, "packs": len(rows), "bytes": size, "checksum": checksum}
         )
-    manifest = {**CONTRACT, "fingerprint": FINGERPRINT, "shards": entries}
+    account = {source: {} for source in ("web", "chat", "")}
+    manifest = {**CONTRACT, "fingerprint": FINGERPRINT, "shards": entries, "account": account}
     write_json(directory / "dataset.json", manifest)
     return manifest
 

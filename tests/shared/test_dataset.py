@@ -68,6 +68,22 @@ def test_costs_come_in_the_order_that_is_asked_for(directory: Path) -> None:
     assert costs.tolist() == [TRAIN[i][0].cost for i in (4, 0, 2, 0)]
 
 
+def test_spans_number_the_sources_of_the_account_in_every_shard(directory: Path) -> None:
+    dataset = open_dataset(directory)
+    assert dataset.sources == ["", "chat", "web"]
+    # Odd seeds: "web", then "chat"; even ones: "web", then a source without a name.
+    found = [dataset.document_spans("train", index).tolist() for index in range(5)]
+    assert found == [[(0, 5, 2), (5, 3, second)] for second in (1, 0, 1, 0, 1)]
+
+
+def test_a_source_that_the_account_does_not_know_is_named(directory: Path) -> None:
+    manifest = json.loads((directory / "dataset.json").read_text())
+    for account, complaint in (({"web": {}, "": {}}, "source 'chat'"), (None, "no account")):
+        write_json(directory / "dataset.json", {**manifest, "account": account})
+        with pytest.raises(UserError, match=complaint):
+            open_dataset(directory).document_spans("train", 0)
+
+
 @pytest.mark.parametrize("index", [-1, 5])
 def test_a_pack_that_is_not_there_is_an_index_error(directory: Path, index: int) -> None:
     with pytest.raises(IndexError, match=f"pack {index} of 5 in split 'train'"):

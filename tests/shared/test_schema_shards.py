@@ -63,6 +63,10 @@ def check_round_trip(path: Path, rows: list[PackRow]) -> None:
         assert_same_pack(reader.pack(row), pack)
         assert reader.images(row).tobytes() == pack.images.tobytes()
         assert reader.documents(row) == documents
+        spans = [
+            (start, length, reader.sources[source]) for start, length, source in reader.document_spans(row)
+        ]
+        assert spans == [(document.start, document.length, document.source) for document in documents]
         assert reader.damage(row) is None
 
 

@@ -68,6 +68,7 @@ def make_batch(packs: Sequence[Sequence[Document]], budget: Budget) -> Batch:
     cell = GEOMETRY.patches_per_token
     tokens, labels = np.full((B, S), PAD), np.full((B, S), -100)
     positions, visual_index = np.zeros((B, S)), np.full((B, S), -1)
+    sources = np.full((B, S), -1)
     pixels = np.zeros((B * N, L, GEOMETRY.values_per_patch), np.uint8)
     grid, ids, sizes = np.full((B * N, L, 3), -1), np.full((B * N, L), -1), np.full((B * N, L, 2), -1)
     for b, documents in enumerate(packs):
@@ -94,15 +95,18 @@ def make_batch(packs: Sequence[Sequence[Document]], budget: Budget) -> Batch:
                 visual_index[b, at + 1 : at + 1 + count] = visual
                 at, offset, num_images = at + count + 2, offset + part.patches, num_images + 1
             positions[b, start:at] = np.arange(at - start)
+            sources[b, start:at] = 0
         positions[b, at:] = np.arange(S - at)
     integers = (
-        torch.from_numpy(array.astype(np.int32)) for array in (tokens, labels, positions, visual_index)
+        torch.from_numpy(array.astype(np.int32))
+        for array in (tokens, labels, positions, sources, visual_index)
     )
-    tokens_BS, labels_BS, positions_BS, visual_index_BS = integers
+    tokens_BS, labels_BS, positions_BS, sources_BS, visual_index_BS = integers
     return Batch(
         tokens_BS=tokens_BS,
         labels_BS=labels_BS,
         positions_BS=positions_BS,
+        sources_BS=sources_BS,
         visual_index_BS=visual_index_BS,
         pixel_values_NLP=torch.from_numpy(pixels),
         grid_thw_NL3=torch.from_numpy(grid.astype(np.int32)),

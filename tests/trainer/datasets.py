@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +14,12 @@ from shared.codecs import image_encoder, store_patches
 from shared.dataset import describe_contract, fingerprint_of
 from shared.files import write_json
 from shared.geometry import Budget, Geometry
-from shared.schema import IMAGE_DTYPE, Document, Pack
+from shared.schema import IMAGE_DTYPE, SPAN_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
 from shared.tokens import TokenIds
 from tests.trainer import batches
 from tests.trainer.batches import GEOMETRY, make_batch
+from trainer.data.batch import Batch, BatchShape, assemble_batch
 
 TOKENS = TokenIds(
     bos=None,
@@ -31,7 +33,9 @@ TOKENS = TokenIds(
 )
 
 
-def make_pack(documents: Sequence[batches.Document], budget: Budget) -> tuple[Pack, list[Document]]:
+def make_pack(
+    documents: Sequence[batches.Document], budget: Budget, source: str = "test"
+) -> tuple[Pack, list[Document]]:
     """The pack that the batch of these documents holds, in the form that shards store."""
     batch = make_batch([documents], budget)
     ids_NL = batch.image_ids_NL.numpy()
@@ -53,9 +57,23 @@ def make_pack(documents: Sequence[batches.Document], budget: Budget) -> tuple[Pa
         images=images,
         cost=1000 + 10 * len(images),
     )
-    starts = [*np.flatnonzero(positions_S == 0).tolist()[: len(documents)], budget.S]
-    spans = enumerate(pairwise(starts))
-    return pack, [Document(start, end - start, "test", str(i), 0) for i, (start, end) in spans]
+    borders = [*np.flatnonzero(positions_S == 0).tolist(), budget.S][: len(documents) + 1]
+    spans = enumerate(pairwise(borders))
+    return pack, [Document(start, end - start, source, str(i), 0) for i, (start, end) in spans]
+
+
+def spans_of(documents: Sequence[Document], sources: Sequence[str] = ("test",)) -> np.ndarray:
+    """SPAN_DTYPE of a pack's documents."""
+    rows = [(document.start, document.length, sources.index(document.source)) for document in documents]
+    return np.array(rows, SPAN_DTYPE)
+
+
+def assemble(packs: Sequence[Sequence[batches.Document]], budget: Budget, /, **settings: Any) -> Batch:
+    """What the loader makes of these packs; `settings` of the shape."""
+    made = [make_pack(documents, budget) for documents in packs]
+    fixed = {"packs": len(packs), "budget": budget, "geometry": GEOMETRY, "pad_token": batches.PAD}
+    shape = BatchShape(**{**fixed, **settings})
+    return assemble_batch([pack for pack, _ in made], [spans_of(entries) for _, entries in made], shape)
 
 
 def write_dataset(
@@ -66,7 +84,9 @@ def write_dataset(
     geometry: Geometry = GEOMETRY,
     tokens: TokenIds = TOKENS,
     codec: str = "raw",
+    sources: Sequence[str] = ("test",),
 ) -> Path:
+    """`sources`: pack i is of source i modulo their number."""
     contract = describe_contract(budget, geometry, tokens, codec)
     encode = image_encoder(codec, geometry, jpeg_quality=95, zstd_level=1)
     (path / "shards").mkdir(parents=True)
@@ -74,11 +94,13 @@ def write_dataset(
     for split, packs in splits.items():
         name = f"{split}-00000.parquet"
         writer = ShardWriter(path / "shards" / name, budget.S, fingerprint_of(contract))
-        for documents in packs:
-            pack, entries = make_pack(documents, budget)
+        for number, documents in enumerate(packs):
+            pack, entries = make_pack(documents, budget, sources[number % len(sources)])
             stored = store_patches(pack.stored, pack.images, encode)
             writer.append(replace(pack, stored=stored), entries)
         writer.close()
         shards.append({"name": name, "split": split, "packs": len(packs), "bytes": 0, "checksum": ""})
-    write_json(path / "dataset.json", {**contract, "fingerprint": fingerprint_of(contract), "shards": shards})
+    account = {source: {} for source in sources}
+    manifest = {**contract, "fingerprint": fingerprint_of(contract), "shards": shards, "account": account}
+    write_json(path / "dataset.json", manifest)
     return path

@@ -10,7 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from shared.errors import UserError
 from shared.geometry import Budget
 from tests.trainer.batches import Document, Picture
 from tests.trainer.datasets import write_dataset
-from trainer.data.batch import Batch, assemble_batch
+from trainer.data.batch import Batch, BatchShape, assemble_batch
 from trainer.data.loader import STEPS_AHEAD, Loader, Step
 from trainer.data.order import deal_packs, packs_of_step
 
@@ -101,7 +100,7 @@ def test_a_global_batch_is_the_same_packs_on_any_layout(
 def test_counts_are_of_useful_labels_tokens_and_patches(dataset_path: Path) -> None:
     (step,) = load(dataset_path, 1)
     # Per pack: [begin, image, end, text, eos] + [text, eos] = 7 tokens; labels text, eos, eos = 3; 4 patches.
-    assert (step.num_tokens, step.num_labels, step.num_patches) == (4 * 7, 4 * 3, 4 * 4)
+    assert (step.counts.tokens, step.counts.labels, step.counts.patches) == (4 * 7, 4 * 3, 4 * 4)
     assert step.wait_s >= 0
     assert step.imbalance == (1.0, 1.0)  # one rank
 
@@ -188,8 +187,7 @@ def coded(directory: Path, codec: str) -> Path:
 
 def assert_same_steps(found: list[Step], expected: list[Step]) -> None:
     for one, other in zip(found, expected, strict=True):
-        counts = [(s.index, s.num_labels, s.num_tokens, s.num_patches) for s in (one, other)]
-        assert counts[0] == counts[1]
+        assert one.index == other.index and one.counts.to_list() == other.counts.to_list()
         for a, b in zip(one.microbatches, other.microbatches, strict=True):
             for field in fields(Batch):
                 assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
@@ -200,7 +198,7 @@ def test_zstd_gives_the_steps_of_raw_bit_for_bit(tmp_path: Path, threads: int) -
     raw = load(coded(tmp_path, "raw"), 6, accumulation=2)
     zstd = load(coded(tmp_path, "zstd"), 6, accumulation=2, decode_threads=threads)
     assert_same_steps(zstd, raw)
-    assert raw[0].num_patches == 4 * (8 + 8 + 8)
+    assert raw[0].counts.patches == 4 * (8 + 8 + 8)
 
 
 @pytest.mark.parametrize("codec", ["zstd", "jpeg"])
@@ -212,17 +210,12 @@ def test_threads_give_the_batches_that_decoding_in_place_gives(
     steps = load(path, 5, decode_threads=3)
     dataset = open_dataset(path)
     for step in steps:
-        packs = [
-            dataset.pack("train", int(number)) for number in packs_of_step(10, 4, seed=3, step=step.index)
-        ]
-        chosen = [packs[n] for n in deal_packs(np.array([p.cost for p in packs]), **ALONE)[0, 0]]
+        numbers = packs_of_step(10, 4, seed=3, step=step.index)
+        numbers = numbers[deal_packs(dataset.costs("train", numbers), **ALONE)[0, 0]]
         alone = assemble_batch(
-            chosen,
-            packs_per_microbatch=4,
-            budget=WIDE,
-            values_per_patch=dataset.geometry.values_per_patch,
-            merge=dataset.geometry.merge,
-            pad_token=dataset.tokens.pad,
+            [dataset.pack("train", number) for number in numbers],
+            [dataset.document_spans("train", number) for number in numbers],
+            BatchShape(packs=4, budget=WIDE, geometry=dataset.geometry, pad_token=dataset.tokens.pad),
         )
         for field in fields(Batch):
             found = getattr(step.microbatches[0], field.name)

@@ -18,10 +18,9 @@ from shared.files import lock_directory
 from shared.geometry import Budget
 from tests.distributed.launch import launch
 from tests.trainer.batches import GEOMETRY, Picture, make_batch
-from tests.trainer.datasets import TOKENS, make_pack, write_dataset
+from tests.trainer.datasets import TOKENS, assemble, write_dataset
 from trainer import train
 from trainer.__main__ import main
-from trainer.data.batch import assemble_batch
 from trainer.data.order import packs_of_step
 from trainer.parallel.mesh import open_world
 from trainer.run import load_run_config, restore_model
@@ -100,14 +99,7 @@ def weights(run: str | Path) -> dict[str, torch.Tensor]:
 
 def test_batches_built_by_hand_equal_those_of_the_loader() -> None:
     ours = make_batch(PACKS[:2], BUDGET)
-    theirs = assemble_batch(
-        [make_pack(documents, BUDGET)[0] for documents in PACKS[:2]],
-        packs_per_microbatch=2,
-        budget=BUDGET,
-        values_per_patch=12,
-        merge=2,
-        pad_token=0,
-    )
+    theirs = assemble(PACKS[:2], BUDGET)
     for field in fields(ours):
         assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name)), field.name
 

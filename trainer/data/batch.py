@@ -1,9 +1,12 @@
 """Packs -> one microbatch of static shapes. One copy: from the mapped file into (pinned) memory.
 
-Pack.stored  [valid patches, P], rows in order  ->  pixel_values_NLP [B*N, L, P], zeros behind each row
+Pack.stored  [valid patches, P], rows in order  ->  pixel_values_NLP [R, L, P], zeros behind each row
              or one frame per image             ->  the same, each frame decoded into its place
 Pack.images  place of each image                ->  grid, image ids and sizes per patch
                                                 ->  visual_index_BS: which visual token goes where
+spans        which source a document is of      ->  sources_BS
+
+Text is whole on every rank. Of the B*N vision rows a rank holds, reads and decodes only the R that it encodes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +23,14 @@ import torch
 from torch import Tensor
 
 from shared.arrays import runs
-from shared.geometry import Budget, patch_positions
+from shared.errors import UserError
+from shared.geometry import Budget, Geometry, patch_positions
 from shared.schema import IGNORE_LABEL, Pack
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One microbatch on one data-parallel rank. Padding is -1 everywhere but in tokens, labels and pixels."""
+    """One microbatch on one rank. Padding is -1 everywhere but in tokens, labels and pixels."""
 
     tokens_BS: Tensor
     """int32"""
@@ -32,16 +38,18 @@ class Batch:
     """int32; the token to predict at this position, -100 for none"""
     positions_BS: Tensor
     """int32; restarts at 0 in every document"""
+    sources_BS: Tensor
+    """int32; number of the source of this position's document"""
     visual_index_BS: Tensor
-    """int32; index into the visual tokens [B*N*L/m^2] of the batch, -1 where a position has none"""
+    """int32; index into the visual tokens of all B*N vision rows, -1 where a position has none"""
     pixel_values_NLP: Tensor
-    """uint8 [B*N, L, P]; not normalized"""
+    """uint8 [R, L, P]; not normalized"""
     grid_thw_NL3: Tensor
-    """int32 [B*N, L, 3]; (t, h, w) of the patch in its own image"""
+    """int32 [R, L, 3]; (t, h, w) of the patch in its own image"""
     image_ids_NL: Tensor
-    """int32 [B*N, L]; which image of its pack the patch belongs to"""
+    """int32 [R, L]; which image of its pack the patch belongs to"""
     image_sizes_NL2: Tensor
-    """int32 [B*N, L, 2]; (h, w) in patches of the image that the patch belongs to"""
+    """int32 [R, L, 2]; (h, w) in patches of the image that the patch belongs to"""
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`; asynchronous from pinned memory."""
@@ -49,114 +57,198 @@ class Batch:
         return Batch(*moved)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchShape:
+    """What all microbatches of a rank have in common."""
+
+    packs: int
+    """B"""
+    budget: Budget
+    geometry: Geometry
+    pad_token: int
+    row_part: tuple[int, int] = (0, 1)
+    """(index, count): the vision rows are divided among `count` ranks, this one has part `index`."""
+    frames_per_row: int | None = None
+    """Frames that the encoder has slots for in a vision row; None: any number."""
+
+    @property
+    def rows(self) -> int:
+        """R: vision rows of this rank; what B*N has not is padding, on the last ranks."""
+        return -(-self.packs * self.budget.N // self.row_part[1])
+
+    def rows_of_pack(self, b: int) -> range:
+        """The rows of pack `b`, numbered within it, that this rank has."""
+        N, first = self.budget.N, self.row_part[0] * self.rows - b * self.budget.N
+        return range(min(max(first, 0), N), min(max(first + self.rows, 0), N))
+
+    def place(self, b: int, row: int) -> int:
+        """Where row `row` of pack `b` lies among this rank's rows."""
+        return b * self.budget.N + row - self.row_part[0] * self.rows
+
+
 def assemble_batch(
     packs: Sequence[Pack],
+    spans: Sequence[npt.NDArray[Any]],
+    shape: BatchShape,
     *,
-    packs_per_microbatch: int,
-    budget: Budget,
-    values_per_patch: int,
-    merge: int,
-    pad_token: int,
     pin_memory: bool = False,
     decode_pool: Executor | None = None,
 ) -> Batch:
-    """Batch in host memory; packs missing to `packs_per_microbatch` are padding without labels.
-
-    Frames of codecs other than raw are decoded by the threads of `decode_pool`, or here without one.
-
-    Raises:
-        UserError: a frame is damaged.
-    """
-    B, S, N, L, P = packs_per_microbatch, budget.S, budget.N, budget.L, values_per_patch
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
-
-    batch = Batch(
-        tokens_BS=empty(B, S),
-        labels_BS=empty(B, S),
-        positions_BS=empty(B, S),
-        visual_index_BS=empty(B, S).fill_(-1),
-        pixel_values_NLP=empty(B * N, L, P, dtype=torch.uint8),
-        grid_thw_NL3=empty(B * N, L, 3).fill_(-1),
-        image_ids_NL=empty(B * N, L).fill_(-1),
-        image_sizes_NL2=empty(B * N, L, 2).fill_(-1),
-    )
-    decodes: list[Future[None]] = []
-    for b in range(B):
-        if b < len(packs):
-            pixels_NLP = batch.pixel_values_NLP[b * N : (b + 1) * N].numpy()
-            if packs[b].decoder is None:
-                _copy_pixels(pixels_NLP, packs[b])
-            else:
-                decodes += _decode_pixels(pixels_NLP, packs[b], decode_pool)
-            _fill_text(batch, b, packs[b])
-            _fill_places(batch, b, packs[b].images, budget, merge)
-        else:
-            batch.tokens_BS[b] = pad_token
-            batch.labels_BS[b] = IGNORE_LABEL
-            batch.positions_BS[b] = torch.arange(S, dtype=torch.int32)
-            batch.pixel_values_NLP[b * N : (b + 1) * N] = 0
-    for decode in decodes:
-        decode.result()
+    """Batch in new host memory; see `fill_batch`."""
+    batch = empty_batch(shape, pin_memory=pin_memory)
+    fill_batch(batch, packs, spans, shape, decode_pool=decode_pool)
     return batch
 
 
-def used_tokens(pack: Pack, pad_token: int) -> int:
-    """Tokens of a pack that belong to documents. Padding is the last run of positions, if it is pad tokens."""
-    last = int(np.flatnonzero(pack.positions_S == 0)[-1])
-    return last if (pack.tokens_S[last:] == pad_token).all() else len(pack.tokens_S)
+def empty_batch(shape: BatchShape, *, pin_memory: bool = False) -> Batch:
+    """Memory for a batch, of any content."""
+    B, S, L, R = shape.packs, shape.budget.S, shape.budget.L, shape.rows
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, pin_memory=pin_memory)
+
+    return Batch(
+        tokens_BS=empty(B, S),
+        labels_BS=empty(B, S),
+        positions_BS=empty(B, S),
+        sources_BS=empty(B, S),
+        visual_index_BS=empty(B, S),
+        pixel_values_NLP=empty(R, L, shape.geometry.values_per_patch, dtype=torch.uint8),
+        grid_thw_NL3=empty(R, L, 3),
+        image_ids_NL=empty(R, L),
+        image_sizes_NL2=empty(R, L, 2),
+    )
 
 
-def _fill_text(batch: Batch, b: int, pack: Pack) -> None:
+def fill_batch(
+    batch: Batch,
+    packs: Sequence[Pack],
+    spans: Sequence[npt.NDArray[Any]],
+    shape: BatchShape,
+    *,
+    decode_pool: Executor | None = None,
+) -> None:
+    """Write every value of `batch`. Packs missing to B are padding without labels.
+
+    `spans` are SPAN_DTYPE [documents] of each pack. Frames of codecs other than raw are decoded by the threads of
+    `decode_pool`, or here without one.
+
+    Raises:
+        UserError: a frame is damaged, or a vision row has more frames than the encoder has slots for.
+    """
+    vision = _Vision(*(getattr(batch, field.name).numpy() for field in fields(Batch)[-4:]))
+    decodes: list[Future[None]] = []
+    filled = 0
+    for b, (pack, of_pack) in enumerate(zip(packs, spans, strict=True)):
+        _check_frames(pack, shape)
+        _fill_text(batch, b, pack, of_pack)
+        _fill_visual_index(batch, b, pack, shape)
+        if own := shape.rows_of_pack(b):
+            filled = shape.place(b, own.stop)
+            decodes += _fill_rows(vision, shape.place(b, own.start), own, pack, shape, decode_pool)
+    for b in range(len(packs), shape.packs):
+        batch.tokens_BS[b] = shape.pad_token
+        batch.labels_BS[b] = IGNORE_LABEL
+        batch.positions_BS[b] = torch.arange(shape.budget.S, dtype=torch.int32)
+        batch.sources_BS[b] = -1
+        batch.visual_index_BS[b] = -1
+    for row in range(filled, shape.rows):
+        vision.pad(row, 0)
+    for decode in decodes:
+        decode.result()
+
+
+@dataclass(frozen=True, slots=True)
+class _Vision:
+    """The vision part of a batch in memory; rows of this rank."""
+
+    pixels_NLP: npt.NDArray[np.uint8]
+    grid_NL3: npt.NDArray[np.int32]
+    ids_NL: npt.NDArray[np.int32]
+    sizes_NL2: npt.NDArray[np.int32]
+
+    def pad(self, row: int, used: int) -> None:
+        """Make what lies behind the first `used` patches of a row padding."""
+        self.pixels_NLP[row, used:] = 0
+        self.grid_NL3[row, used:] = -1
+        self.ids_NL[row, used:] = -1
+        self.sizes_NL2[row, used:] = -1
+
+
+def _fill_text(batch: Batch, b: int, pack: Pack, spans: npt.NDArray[Any]) -> None:
     batch.tokens_BS[b].numpy()[...] = pack.tokens_S
     batch.labels_BS[b].numpy()[...] = pack.labels_S
     batch.positions_BS[b].numpy()[...] = pack.positions_S
+    sources_S, used = batch.sources_BS[b].numpy(), int(spans["length"].sum())
+    sources_S[:used] = np.repeat(
+        spans["source"], spans["length"]
+    )  # documents lie one after another from 0 on
+    sources_S[used:] = -1
 
 
-def _copy_pixels(pixels_NLP: npt.NDArray[np.uint8], pack: Pack) -> None:
-    """Each vision row is one run of the blob: one copy per row, and zeros behind it."""
-    begin = 0
-    for row_LP, used in zip(pixels_NLP, _used_patches(pack, len(pixels_NLP)), strict=True):
-        row_LP[:used] = pack.stored[begin : begin + used]
-        row_LP[used:] = 0
-        begin += used
-
-
-def _decode_pixels(
-    pixels_NLP: npt.NDArray[np.uint8], pack: Pack, pool: Executor | None
-) -> list[Future[None]]:
-    """Each image is decoded into its place; what a pool has still to do is returned."""
-    for row_LP, used in zip(pixels_NLP, _used_patches(pack, len(pixels_NLP)), strict=True):
-        row_LP[used:] = 0
-    places = zip(
-        pack.images["row"].tolist(), pack.images["offset"].tolist(), pack.patches_i.tolist(), strict=True
+def _fill_visual_index(batch: Batch, b: int, pack: Pack, shape: BatchShape) -> None:
+    """Which visual token each position takes, of all rows of all packs."""
+    budget, cell = shape.budget, shape.geometry.patches_per_token
+    row_i, tokens_i = b * budget.N + pack.images["row"].astype(np.int64), pack.patches_i // cell
+    index_S = batch.visual_index_BS[b].numpy()
+    index_S.fill(-1)
+    index_S[runs(pack.images["token_start"], tokens_i)] = runs(
+        (row_i * budget.L + pack.images["offset"]) // cell, tokens_i
     )
-    outs = [pixels_NLP[row, offset : offset + patches] for row, offset, patches in places]
+
+
+def _fill_rows(
+    vision: _Vision, at: int, own: range, pack: Pack, shape: BatchShape, pool: Executor | None
+) -> list[Future[None]]:
+    """Fill the pack's rows `own` from row `at` of the batch on; returns the decoding that a pool has still to do.
+
+    Images follow each other without gaps and in the order of rows, so that a row is one run of patches.
+    """
+    first, last = np.searchsorted(pack.images["row"], [own.start, own.stop]).tolist()
+    images, patches_i = pack.images[first:last], pack.patches_i
+    begin, patches_i = int(patches_i[:first].sum()), patches_i[first:last]
+    sizes = zip(images["t"].tolist(), images["h"].tolist(), images["w"].tolist(), strict=True)
+    grids = [_positions(t, h, w, shape.geometry.merge) for t, h, w in sizes]
+    grid_X3 = np.concatenate([np.empty((0, 3), np.int32), *grids])
+    ids_X = np.repeat(np.arange(first, last, dtype=np.int32), patches_i)
+    size_X2 = np.repeat(np.stack([images["h"], images["w"]], axis=-1), patches_i, axis=0)
+    used_r = np.bincount(images["row"] - own.start, weights=patches_i, minlength=len(own)).astype(np.int64)
+    start = 0
+    for row, used in enumerate(used_r.tolist(), start=at):
+        run = slice(start, start + used)
+        vision.grid_NL3[row, :used] = grid_X3[run]
+        vision.ids_NL[row, :used] = ids_X[run]
+        vision.sizes_NL2[row, :used] = size_X2[run]
+        if pack.decoder is None:
+            vision.pixels_NLP[row, :used] = pack.stored[begin + start : begin + start + used]
+        vision.pad(row, used)
+        start += used
+    if pack.decoder is None:
+        return []
+    flat_XP = vision.pixels_NLP.reshape(-1, vision.pixels_NLP.shape[-1])
+    places = (at + images["row"] - own.start).astype(np.int64) * shape.budget.L + images["offset"]
+    outs = [flat_XP[place : place + n] for place, n in zip(places.tolist(), patches_i.tolist(), strict=True)]
     if pool is not None:
-        return [pool.submit(pack.decode_image, image, out) for image, out in enumerate(outs)]
-    for image, out in enumerate(outs):
+        return [pool.submit(pack.decode_image, image, out) for image, out in enumerate(outs, start=first)]
+    for image, out in enumerate(outs, start=first):
         pack.decode_image(image, out)
     return []
 
 
-def _used_patches(pack: Pack, num_rows: int) -> list[int]:
-    """Patches in each vision row."""
-    used_N = np.bincount(pack.images["row"], weights=pack.patches_i, minlength=num_rows)
-    return used_N.astype(np.int64).tolist()
+@lru_cache(maxsize=512)  # shapes of pictures repeat; 12 bytes per patch
+def _positions(t: int, h: int, w: int, merge: int) -> npt.NDArray[np.int32]:
+    """(t, h, w) of each patch of an image of that size, int32 [t*h*w, 3]."""
+    return patch_positions(np.array([[t, h, w]]), merge)
 
 
-def _fill_places(batch: Batch, b: int, images: npt.NDArray[np.void], budget: Budget, merge: int) -> None:
-    """Per patch: position, image and image size. Per token: its visual token. No loop over images."""
-    if not len(images):
+def _check_frames(pack: Pack, shape: BatchShape) -> None:
+    """Of all rows of the pack, so that every rank that shares it refuses it."""
+    if shape.frames_per_row is None or not len(pack.images):
         return
-    size_i3 = np.stack([images["t"], images["h"], images["w"]], axis=-1).astype(np.int64)
-    count_i = size_i3.prod(axis=1)
-    first_i = (b * budget.N + images["row"].astype(np.int64)) * budget.L + images["offset"]
-    place_X = runs(first_i, count_i)
-    batch.grid_thw_NL3.view(-1, 3).numpy()[place_X] = patch_positions(size_i3, merge)
-    batch.image_ids_NL.view(-1).numpy()[place_X] = np.repeat(np.arange(len(images)), count_i)
-    batch.image_sizes_NL2.view(-1, 2).numpy()[place_X] = np.repeat(size_i3[:, 1:], count_i, axis=0)
-    tokens_i = count_i // merge**2
-    token_v = runs(b * budget.S + images["token_start"].astype(np.int64), tokens_i)
-    batch.visual_index_BS.view(-1).numpy()[token_v] = runs(first_i // merge**2, tokens_i)
+    frames_N = np.bincount(pack.images["row"], weights=pack.images["t"]).astype(np.int64)
+    row = int(frames_N.argmax())
+    if frames_N[row] > shape.frames_per_row:
+        raise UserError(
+            f"{pack.origin}: vision row {row} holds {frames_N[row]} images (frames of videos each count), the "
+            f"encoder has slots for {shape.frames_per_row}; set encoder.frames_per_row to at least {frames_N[row]}"
+        )

@@ -19,7 +19,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from shared.dataset import DataSet
-from trainer.data.batch import Batch, assemble_batch, used_tokens
+from trainer.data.batch import Batch, BatchShape, assemble_batch
+from trainer.data.counts import Counts, count_packs
 from trainer.data.order import Imbalance, cost_imbalance, deal_packs, packs_of_step
 
 # Steps kept ready: one being consumed, one waiting. More only costs memory.
@@ -28,13 +29,12 @@ STEPS_AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Everything that one optimizer step needs on this rank. Counts are of this rank, padding excluded."""
+    """Everything that one optimizer step needs on this rank."""
 
     index: int
     microbatches: list[Batch]
-    num_labels: int
-    num_tokens: int
-    num_patches: int
+    counts: Counts
+    """Of the packs of this data-parallel rank."""
     imbalance: Imbalance
     wait_s: float
 
@@ -58,9 +58,19 @@ class Loader:
         device: torch.device,
         start_step: int,
         decode_threads: int,
+        row_part: tuple[int, int] = (0, 1),
+        frames_per_row: int | None = None,
     ) -> None:
         self._dataset, self._split, self._seed = dataset, split, seed
-        self._packs_per_microbatch, self._accumulation = packs_per_microbatch, accumulation
+        self._shape = BatchShape(
+            packs=packs_per_microbatch,
+            budget=dataset.budget,
+            geometry=dataset.geometry,
+            pad_token=dataset.tokens.pad,
+            row_part=row_part,
+            frames_per_row=frames_per_row,
+        )
+        self._accumulation = accumulation
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
         self.packs_total = dataset.num_packs(split)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -76,7 +86,7 @@ class Loader:
     @property
     def packs_per_step(self) -> int:
         """Packs in one global batch."""
-        return self._packs_per_microbatch * self._accumulation * self._dp_size
+        return self._shape.packs * self._accumulation * self._dp_size
 
     @property
     def steps_per_epoch(self) -> float:
@@ -122,34 +132,30 @@ class Loader:
             costs,
             dp_size=self._dp_size,
             accumulation=self._accumulation,
-            packs_per_microbatch=self._packs_per_microbatch,
+            packs_per_microbatch=self._shape.packs,
         )
-        batches: list[Batch] = []
-        labels = tokens = patches = 0
-        for microbatch in table[self._dp_rank]:
-            packs = [self._dataset.pack(self._split, int(number)) for number in chosen[microbatch]]
-            batch = assemble_batch(
-                packs,
-                packs_per_microbatch=self._packs_per_microbatch,
-                budget=self._dataset.budget,
-                values_per_patch=self._dataset.geometry.values_per_patch,
-                merge=self._dataset.geometry.merge,
-                pad_token=self._dataset.tokens.pad,
+        own = chosen[table[self._dp_rank]].reshape(-1).tolist()
+        packs = [self._dataset.pack(self._split, number) for number in own]
+        spans = [self._dataset.document_spans(self._split, number) for number in own]
+        batches = [
+            assemble_batch(
+                packs[first : first + self._shape.packs],
+                spans[first : first + self._shape.packs],
+                self._shape,
                 pin_memory=self._copies is not None,
                 decode_pool=self._decoders,
             )
-            labels += int((batch.labels_BS >= 0).sum())
-            tokens += sum(used_tokens(pack, self._dataset.tokens.pad) for pack in packs)
-            patches += sum(pack.num_patches for pack in packs)
-            batches.append(batch)
+            for first in range(0, len(own), self._shape.packs)
+        ]
+        counts = count_packs(packs, spans, len(self._dataset.sources))
         imbalance = cost_imbalance(costs, table)
         if self._copies is None:
-            return Step(index, batches, labels, tokens, patches, imbalance, wait_s=0.0), None
+            return Step(index, batches, counts, imbalance, wait_s=0.0), None
         with torch.cuda.stream(self._copies):
             batches = [batch.to(self._device) for batch in batches]
             copied = torch.cuda.Event()
             copied.record(self._copies)
-        return Step(index, batches, labels, tokens, patches, imbalance, wait_s=0.0), copied
+        return Step(index, batches, counts, imbalance, wait_s=0.0), copied
 
 
 def _hand_over(step: Step, copied: torch.cuda.Event) -> None:
