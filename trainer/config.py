@@ -12,7 +12,7 @@ from typing import Literal
 from shared.config import require_at_least
 from trainer.checkpoint import CheckpointConfig
 from trainer.metrics import LogConfig
-from trainer.models.llama import LlamaConfig
+from trainer.models.decoder import DecoderConfig
 from trainer.models.projector import ProjectorConfig
 from trainer.models.siglip2 import Siglip2Config
 from trainer.models.vlm import ModelConfig
@@ -72,7 +72,7 @@ class RunConfig:
     """What the model computes in. Weights, reductions, softmax and loss are float32 either way."""
     encoder: Siglip2Config = field(default_factory=Siglip2Config)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    decoder: LlamaConfig = field(default_factory=LlamaConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -10,7 +10,7 @@ import torch
 
 from shared.geometry import Budget, Geometry, patch_positions
 from trainer.data.batch import Batch
-from trainer.models.llama import LlamaConfig
+from trainer.models.decoder import DecoderConfig
 from trainer.models.projector import ProjectorConfig
 from trainer.models.siglip2 import Siglip2Config
 from trainer.models.vlm import ModelConfig
@@ -47,7 +47,7 @@ def tiny_config(**decoder: object) -> ModelConfig:
             hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, patch_size=2, position_grid=4
         ),
         projector=ProjectorConfig(merge=2, hidden_size=32),
-        decoder=LlamaConfig(
+        decoder=DecoderConfig(
             **{
                 "vocab_size": VOCABULARY,
                 "hidden_size": 24,
@@ -55,6 +55,7 @@ def tiny_config(**decoder: object) -> ModelConfig:
                 "num_layers": 2,
                 "num_heads": 4,
                 "num_kv_heads": 2,
+                "head_dim": 6,
                 "tie_embeddings": False,
                 **decoder,
             }

@@ -33,8 +33,8 @@ def test_accumulation_fills_the_global_batch() -> None:
     ("words", "named"),
     [
         (
-            ["--decoder.num-heads", "7"],
-            r"\[decoder\] hidden_size 2048 must be an even multiple of num_heads 7",
+            ["--decoder.head-dim", "7"],
+            r"\[decoder\] head_dim 7 must be even: rotary positions turn pairs",
         ),
         (["--decoder.num-kv-heads", "5"], r"\[decoder\] num_heads 32 is no multiple of num_kv_heads 5"),
         (["--encoder.num-heads", "5"], r"\[encoder\] hidden_size 768 is no multiple of num_heads 5"),

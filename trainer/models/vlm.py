@@ -20,7 +20,7 @@ from shared.errors import UserError
 from shared.geometry import Budget, Geometry
 from trainer.attention import decoder_mask, encoder_mask
 from trainer.loss import chunked_nll
-from trainer.models.llama import LlamaConfig, LlamaDecoder
+from trainer.models.decoder import Decoder, DecoderConfig
 from trainer.models.projector import Projector, ProjectorConfig
 from trainer.models.siglip2 import Siglip2Config, Siglip2Encoder
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class ModelConfig:
     encoder: Siglip2Config
     projector: ProjectorConfig
-    decoder: LlamaConfig
+    decoder: DecoderConfig
 
 
 class VisionLanguageModel(nn.Module):
@@ -47,7 +47,7 @@ class VisionLanguageModel(nn.Module):
         encoder_width, decoder_width = config.encoder.hidden_size, config.decoder.hidden_size
         self.encoder: Siglip2Encoder | None = Siglip2Encoder(config.encoder, geometry.mean, geometry.std)
         self.projector: Projector | None = Projector(config.projector, encoder_width, decoder_width)
-        self.decoder = LlamaDecoder(config.decoder)
+        self.decoder = Decoder(config.decoder)
 
     def forward(self, batch: Batch, h_BSD: Tensor | None = None) -> Tensor:
         """nll_BS: nats per label, float32, 0 where there is none. A stage without the head returns h_BSD."""
