@@ -1,11 +1,13 @@
 """Configuration: one TOML file per run, dotted overrides on the command line, frozen dataclasses.
 
-    defaults  <  file.toml  <  --section.key value
+    defaults  <  preset  <  file.toml  <  --section.key value
 
 A config is a tree of dataclasses. Each validates itself in `__post_init__` and raises `ValueError` with the
 value in the message; this module adds where the value came from. Supported field types: int, float, bool,
 str, `Literal`, `int | Literal["auto"]`, `tuple[T, ...]`, `X | None`, nested dataclasses, `dict[str, Dataclass]` for
 named tables, and unions of dataclasses that a `Literal` field tells apart, such as `format`.
+A dataclass with a class attribute `PRESETS`, tables of values by name, takes `preset = "NAME"` beside its keys;
+what is resolved and saved are the values.
 An unknown key, a wrong type and a missing key are `UserError`s that name the key (and the closest match).
 """
 
@@ -136,14 +138,14 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
         if dataclasses.is_dataclass(current):
             # --max-bytes is max_bytes; the name of a table (below) is the user's own and keeps its dashes.
             part = parts[depth] = part.replace("-", "_")
-            hints = get_type_hints(current)
-            if part not in hints:
+            keys = _keys(current)
+            if part not in keys:
                 prefix = ".".join(parts[:depth])
-                options = [f"{prefix}.{name}" if prefix else name for name in hints]
+                options = [f"{prefix}.{name}" if prefix else name for name in keys]
                 raise UserError(
                     f"{where}: unknown key --{key}; {closest('.'.join(parts[: depth + 1]), options)}"
                 )
-            hint = hints[part]
+            hint = keys[part]
         elif get_origin(current) is dict:
             hint = get_args(current)[1]
         else:
@@ -153,9 +155,11 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
             table = node.get(part)
             tag, options = _variants(current)
             # The table in the file says which it is, or an override before this one; the tag itself is in all.
-            chosen = str(table.get(tag)) if isinstance(table, dict) else ""
+            presets = _presets(current)
+            told = {**presets.get(str(table.get("preset")), {}), **table} if isinstance(table, dict) else {}
+            chosen = str(told.get(tag))
             after = parts[depth + 1 : depth + 2]
-            if chosen not in options and after != [tag]:
+            if chosen not in options and after != [tag] and not (presets and after == ["preset"]):
                 others = [name for name in node if name != part]
                 meant = f", or {closest(part, others)}" if others else ""
                 raise UserError(f"{where}: --{key}: set --{'.'.join(parts[: depth + 1])}.{tag} first{meant}")
@@ -202,7 +206,7 @@ def _build(cls: type[T], tree: Mapping[str, Any], origin: str, prefix: str) -> T
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass type
     for key in tree:
         if key not in fields:
-            raise UserError(f"{origin}: unknown key {prefix + key!r}; {closest(key, fields)}")
+            raise UserError(f"{origin}: unknown key {prefix + key!r}; {closest(key, _keys(cls))}")
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         if name in tree:
@@ -223,6 +227,7 @@ def _build(cls: type[T], tree: Mapping[str, Any], origin: str, prefix: str) -> T
 
 def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
     inner = _without_none(hint)
+    value = _with_preset(inner, value, origin, key)
     if _is_union(inner):
         inner = _choose(inner, value, origin, key)
     kind = get_origin(inner)
@@ -258,6 +263,47 @@ def _convert(hint: Any, value: Any, origin: str, key: str) -> Any:
     if not fits:
         raise UserError(f"{origin}: {key}: expected {_name(inner)}, got {value!r}")
     return value
+
+
+def _presets(hint: Any) -> dict[str, dict[str, Any]]:
+    """Tables of values by name, of a dataclass or of all in a union."""
+    classes = get_args(hint) if _is_union(hint) else (hint,)
+    return {name: values for cls in classes for name, values in getattr(cls, "PRESETS", {}).items()}
+
+
+def _keys(cls: Any) -> dict[str, Any]:
+    """What may stand in the table of a dataclass, and its types."""
+    hints = get_type_hints(cls)
+    keys = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {"preset": str, **keys} if _presets(cls) else keys
+
+
+def _with_preset(hint: Any, table: Any, origin: str, key: str) -> Any:
+    """The table with the values of its preset under its own."""
+    presets = _presets(hint)
+    if not presets or not isinstance(table, Mapping) or "preset" not in table:
+        return table
+    name = str(table["preset"])
+    if name not in presets:
+        raise UserError(f"{origin}: {key}.preset: {name!r} is no preset; {closest(name, presets)}")
+    own = {name: value for name, value in table.items() if name != "preset"}
+    if _is_union(hint):
+        tag, _ = _variants(hint)
+        if own.get(tag, presets[name][tag]) != presets[name][tag]:
+            raise UserError(
+                f"{origin}: {key}.preset: {name!r} is of {tag} {presets[name][tag]}, "
+                f"but {key}.{tag} is {own[tag]!r}; remove one of the two"
+            )
+    return _laid_over(presets[name], own)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables in one; where both hold a key, `above` holds, and tables in them are merged likewise."""
+    both = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], Mapping) and isinstance(above[name], Mapping):
+            both[name] = _laid_over(below[name], above[name])
+    return both
 
 
 def _without_none(hint: Any) -> Any:
@@ -306,7 +352,8 @@ def _choose(union: Any, table: Any, origin: str, key: str) -> Any:
     tag, options = _variants(union)
     names = list(options)
     if tag not in table:
-        raise UserError(f"{origin}: missing key {f'{key}.{tag}'!r} (one of {', '.join(names)})")
+        instead = f", or set {key}.preset" if _presets(union) else ""
+        raise UserError(f"{origin}: missing key {f'{key}.{tag}'!r} (one of {', '.join(names)}){instead}")
     if str(table[tag]) not in options:
         raise UserError(
             f"{origin}: {key}.{tag}: {table[tag]!r} is not one of {', '.join(names)}; "
