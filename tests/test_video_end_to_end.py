@@ -28,6 +28,7 @@ from tests.preprocess.videos import encode_video, frame_numbers, greys
 from trainer.attention import encoder_mask
 from trainer.data.batch import Batch, BatchShape, assemble_batch
 from trainer.models.siglip2 import Siglip2Config, Siglip2Encoder
+from trainer.models.vision import frame_segments
 
 GEOMETRY = Geometry(patch_size=4, merge=2, max_patches_per_image=16)
 # 4 frames a second, and 32 patches for a video of 4 frames: 8 for each.
@@ -261,9 +262,11 @@ def test_the_encoder_sees_a_video_as_its_frames_one_by_one(tmp_path: Path, pt: i
         torch.nn.init.normal_(parameter, std=0.3)
 
     def encoded(batch: Batch) -> torch.Tensor:
+        segments = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
         mask = encoder_mask(batch.image_ids_NL, batch.grid_thw_NL3)
+        inputs = batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, segments, mask
         with torch.no_grad():
-            return encoder(batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, mask)[0, :count]
+            return encoder(*inputs)[0, :count]
 
     # The same patches as two pictures: each its own image, each of one frame.
     ids, grid = batch.image_ids_NL.clone(), batch.grid_thw_NL3.clone()

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer.models.vlm import ModelConfig
 
 # What adds to the residual stream: scaled down with depth, so that its variance does not grow (GPT-2).
-RESIDUAL_OUTPUTS = ("self_attn.out_proj", "self_attn.o_proj", "mlp.fc2", "mlp.down_proj")
-TOKEN_TABLES = ("embed_tokens", "lm_head")
+RESIDUAL_OUTPUTS = (".out_proj", ".o_proj", ".fc2", ".down_proj")
+# Tables of tokens, and the tokens that an encoder adds to every picture.
+TOKEN_TABLES = ("embed_tokens", "lm_head", "cls_token", "register_tokens")
 TOKEN_STD = 0.02  # GPT-2 and every Llama since
 
 
@@ -41,7 +42,7 @@ def initial_value(name: str, shape: torch.Size, *, num_layers: int, seed: int) -
     if name.endswith("bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape)  # norms
+        return torch.ones(shape)  # norms; layer scales, as in the published configs of DINOv3
     module = name.removesuffix(".weight")
     std = TOKEN_STD if module.endswith(TOKEN_TABLES) else 1 / math.sqrt(shape[-1])
     if module.endswith(RESIDUAL_OUTPUTS):

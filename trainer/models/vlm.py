@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry
-from trainer.attention import decoder_mask, encoder_mask
+from trainer.attention import decoder_mask
 from trainer.loss import chunked_nll
 from trainer.models.decoder import Decoder, DecoderConfig
+from trainer.models.encoder import Encoder, EncoderConfig, make_encoder
 from trainer.models.projector import Projector, ProjectorConfig
-from trainer.models.siglip2 import Siglip2Config, Siglip2Encoder
+from trainer.models.vision import frame_segments
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    encoder: Siglip2Config
+    encoder: EncoderConfig
     projector: ProjectorConfig
     decoder: DecoderConfig
 
@@ -45,7 +46,7 @@ class VisionLanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, geometry: Geometry) -> None:
         super().__init__()
         encoder_width, decoder_width = config.encoder.hidden_size, config.decoder.hidden_size
-        self.encoder: Siglip2Encoder | None = Siglip2Encoder(config.encoder, geometry.mean, geometry.std)
+        self.encoder: Encoder | None = make_encoder(config.encoder, geometry.mean, geometry.std)
         self.projector: Projector | None = Projector(config.projector, encoder_width, decoder_width)
         self.decoder = Decoder(config.decoder)
 
@@ -70,8 +71,12 @@ class VisionLanguageModel(nn.Module):
         """Token embeddings with the visual tokens in their places: h_BSD."""
         assert self.encoder is not None and self.projector is not None, "only the first stage embeds"
         assert self.decoder.embed_tokens is not None, "only the first stage embeds"
-        mask_N1LL = encoder_mask(batch.image_ids_NL, batch.grid_thw_NL3)
-        z_NLE = self.encoder(batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, mask_N1LL)
+        segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
+        segments_NX = self.encoder.attention_segments(segments_NL)
+        mask_N1XX = (segments_NX[:, :, None] == segments_NX[:, None, :]).unsqueeze(1)
+        z_NLE = self.encoder(
+            batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, segments_NL, mask_N1XX
+        )
         return place_visual_tokens(
             self.decoder.embed_tokens(batch.tokens_BS), self.projector(z_NLE), batch.visual_index_BS
         )
