@@ -10,7 +10,10 @@ import torch
 
 from shared.geometry import Budget, Geometry, patch_positions
 from trainer.data.batch import Batch
+from trainer.models.aimv2 import Aimv2Config
 from trainer.models.decoder import DecoderConfig
+from trainer.models.dinov3 import Dinov3Config
+from trainer.models.encoder import EncoderConfig
 from trainer.models.projector import ProjectorConfig
 from trainer.models.siglip2 import Siglip2Config
 from trainer.models.vlm import ModelConfig
@@ -41,11 +44,19 @@ Document = Sequence[int | Picture]
 """Text tokens and pictures, in order."""
 
 
-def tiny_config(**decoder: object) -> ModelConfig:
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "patch_size": 2}
+ENCODERS: dict[str, EncoderConfig] = {
+    "siglip2": Siglip2Config(**SIZES, position_grid=4),
+    "aimv2": Aimv2Config(**SIZES),
+    "aimv2 learned": Aimv2Config(**SIZES, positions="learned", position_grid=4),
+    "dinov3": Dinov3Config(**SIZES, num_registers=2, frames_per_row=4),
+    "dinov3 gated": Dinov3Config(**SIZES, num_registers=2, frames_per_row=4, gated_mlp=True),
+}
+
+
+def tiny_config(encoder: EncoderConfig = ENCODERS["siglip2"], **decoder: object) -> ModelConfig:
     return ModelConfig(
-        encoder=Siglip2Config(
-            hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, patch_size=2, position_grid=4
-        ),
+        encoder=encoder,
         projector=ProjectorConfig(merge=2, hidden_size=32),
         decoder=DecoderConfig(
             **{
@@ -63,10 +74,10 @@ def tiny_config(**decoder: object) -> ModelConfig:
     )
 
 
-def make_batch(packs: Sequence[Sequence[Document]], budget: Budget) -> Batch:
+def make_batch(packs: Sequence[Sequence[Document]], budget: Budget, merge: int = GEOMETRY.merge) -> Batch:
     """One microbatch of `packs`, each a list of documents; images fill the rows of their pack in order."""
     S, N, L, B = budget.S, budget.N, budget.L, len(packs)
-    cell = GEOMETRY.patches_per_token
+    cell = merge**2
     tokens, labels = np.full((B, S), PAD), np.full((B, S), -100)
     positions, visual_index = np.zeros((B, S)), np.full((B, S), -1)
     sources = np.full((B, S), -1)
@@ -88,7 +99,7 @@ def make_batch(packs: Sequence[Sequence[Document]], budget: Budget) -> Batch:
                 assert row < (b + 1) * N, "the pictures do not fit the rows"
                 here = slice(offset, offset + part.patches)
                 pixels[row, here] = part.pixels()
-                grid[row, here] = patch_positions(np.array([[part.t, part.h, part.w]]), GEOMETRY.merge)
+                grid[row, here] = patch_positions(np.array([[part.t, part.h, part.w]]), merge)
                 ids[row, here], sizes[row, here] = num_images, (part.h, part.w)
                 count = part.patches // cell
                 visual = (row * L + offset) // cell + np.arange(count)

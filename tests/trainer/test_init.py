@@ -30,5 +30,11 @@ def test_values_follow_name_seed_and_role() -> None:
     # A residual output: smaller by sqrt(2 * 8 layers) = 4.
     assert abs(draw("decoder.layers.0.mlp.down_proj.weight", 300, 400).std() * 400**0.5 - 0.25) < 0.01
     assert abs(draw("decoder.embed_tokens.weight", 300, 400).std() - 0.02) < 0.001
+    assert abs(draw("encoder.layers.0.attention.o_proj.weight", 300, 400).std() * 400**0.5 - 0.25) < 0.01
+    assert abs(draw("encoder.layers.0.ffn.down_proj.weight", 300, 400).std() * 400**0.5 - 0.25) < 0.01
+    assert abs(draw("encoder.register_tokens", 1, 40, 3000).std() - 0.02) < 0.001
+    assert abs(draw("encoder.cls_token", 1, 1, 120000).std() - 0.02) < 0.001
+    assert draw("encoder.layers.0.layer_scale1.lambda1", 7).eq(1).all()
+    assert draw("decoder.layers.0.self_attn.q_norm.weight", 7).eq(1).all()
     assert draw("encoder.layers.0.layer_norm1.weight", 7).eq(1).all()
     assert draw("encoder.layers.0.layer_norm1.bias", 7).eq(0).all()
