@@ -1,43 +1,147 @@
-"""Attention: one signature, and the masks it takes, built once per batch.
+"""Attention: one signature, three backends, and the masks they take, built once per batch.
 
-    positions_BS --decoder_mask--> bool [B, 1, S, S]        causal inside a document
-    image_ids_NL --encoder_mask--> bool [B*N, 1, L, L]      both ways inside one frame of one image
+    positions_BS --document_mask--> causal inside a document       (decoder)
+    segments_NX  --segment_mask---> both ways inside a segment     (encoder: one frame of one image)
 
-`True` means "may attend". The head dimension of a mask is 1: it is shared by all heads and all layers.
+    backend  mask                                  where
+    sdpa     bool [B, 1, Q, K]                     anywhere; shared by all heads, but Q x K values
+    flex     BlockMask: only the tiles in use      CUDA (FlexAttention has no backward on a CPU)
+    varlen   the segments' borders                 CUDA, flash attention, bfloat16; not under context parallelism
+
 Padding attends to padding and to nothing else, so that every softmax has a finite row and no value of the
 padding ever reaches a real token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+Backend = Literal["sdpa", "flex", "varlen"]
 
-def attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask_B1SS: Tensor) -> Tensor:
+
+class Bounds(NamedTuple):
+    """Segments of a batch laid end to end: `ends[i] .. ends[i + 1]`, in positions of all rows together."""
+
+    ends: Tensor
+    """int32 [segments + 1]; segments that do not exist are empty."""
+    longest: int
+    """No segment is longer."""
+    causal: bool
+
+
+Mask = Tensor | BlockMask | Bounds
+
+
+def attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask: Mask) -> Tensor:
     """Softmax attention, scale 1/sqrt(K): [B, S, H, K]. Keys and values may have fewer heads (GQA)."""
+    if isinstance(mask, BlockMask):
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
     groups = q_BSHK.shape[2] // k_BSHK.shape[2]
     if groups > 1:
-        # Copied rather than `enable_gqa`, which on CPU is 20 % slower forward and backward (torch 2.13).
+        # Copied rather than `enable_gqa`, which on CPU is 20 % slower forward and backward (torch 2.13), and which
+        # varlen has not in torch 2.11.
         k_BSHK = k_BSHK.repeat_interleave(groups, dim=2)
         v_BSHK = v_BSHK.repeat_interleave(groups, dim=2)
+    if isinstance(mask, Bounds):
+        return _varlen(q_BSHK, k_BSHK, v_BSHK, mask)
     o_BHSK = scaled_dot_product_attention(
-        q_BSHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2), attn_mask=mask_B1SS
+        q_BSHK.transpose(1, 2), k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2), attn_mask=mask
     )
     return o_BHSK.transpose(1, 2)
 
 
-def decoder_mask(positions_BS: Tensor) -> Tensor:
-    """Document-causal mask, bool [B, 1, S, S]. A document begins wherever the position is 0."""
+def _varlen(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask: Bounds) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.flatten(0, 1) for x in (q_BSHK, k_BSHK, v_BSHK))
+    window = (-1, 0) if mask.causal else (-1, -1)
+    o = varlen_attn(q, k, v, mask.ends, mask.ends, mask.longest, mask.longest, window_size=window)
+    assert isinstance(o, Tensor)
+    return o.view_as(q_BSHK)
+
+
+class KeyOrder(NamedTuple):
+    """Where queries and keys stand in the sequence, when a rank has a part of it (trainer.parallel.context)."""
+
+    query_S: Tensor
+    """int64: position of each query."""
+    key_S: Tensor
+    """int64: position of each key."""
+
+
+def document_mask(
+    positions_BS: Tensor, backend: Backend, order: KeyOrder | None = None, max_documents: int = 0
+) -> Mask:
+    """Document-causal mask over whole packs. A document begins wherever the position is 0.
+
+    `max_documents`: no microbatch has more, padding counted as one per pack; only varlen needs it.
+    """
     document_BS = (positions_BS == 0).cumsum(dim=1)
-    same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    index_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
-    return (same_BSS & (index_S[:, None] >= index_S[None, :])).unsqueeze(1)
+    if backend == "varlen":
+        assert order is None, "varlen attention has no queries without their keys"
+        return _bounds(document_BS, max_documents, causal=True)
+    if order is None:
+        index_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
+        order = KeyOrder(index_S, index_S)
+    query_BS, key_BS = document_BS[:, order.query_S], document_BS[:, order.key_S]
+    if backend == "sdpa":
+        same_BQK = query_BS[:, :, None] == key_BS[:, None, :]
+        return (same_BQK & (order.query_S[:, None] >= order.key_S[None, :])).unsqueeze(1)
+    query_S, key_S = order
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (query_BS[b, q] == key_BS[b, k]) & (query_S[q] >= key_S[k])
+
+    return _block_mask(allowed, query_BS, key_BS.shape[1])
 
 
-def encoder_mask(image_ids_NL: Tensor, grid_thw_NL3: Tensor) -> Tensor:
-    """Bidirectional mask inside one frame of one image, bool [B*N, 1, L, L]; padding has image id -1."""
-    same_NLL = image_ids_NL[:, :, None] == image_ids_NL[:, None, :]
-    frame_NL = grid_thw_NL3[..., 0]
-    return (same_NLL & (frame_NL[:, :, None] == frame_NL[:, None, :])).unsqueeze(1)
+def segment_mask(segments_NX: Tensor, backend: Backend, max_segments: int = 0) -> Mask:
+    """Bidirectional mask inside each segment of a row: positions that have the same number see each other."""
+    if backend == "varlen":
+        return _bounds(segments_NX, max_segments, causal=False)
+    if backend == "sdpa":
+        return (segments_NX[:, :, None] == segments_NX[:, None, :]).unsqueeze(1)
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return segments_NX[b, q] == segments_NX[b, k]
+
+    return _block_mask(allowed, segments_NX, segments_NX.shape[1])
+
+
+def _bounds(segments_BS: Tensor, max_segments: int, *, causal: bool) -> Bounds:
+    """Borders of runs of equal numbers, without asking the device how many there are."""
+    total, longest = segments_BS.numel(), segments_BS.shape[1]
+    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
+    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
+    starts_T = starts_BS.flatten()
+    # The i-th start writes its position into slot i; what starts nothing goes to a slot that is cut off.
+    slot_T = torch.where(starts_T, starts_T.cumsum(0) - 1, max_segments)
+    ends = torch.full((max_segments + 1,), total, device=segments_BS.device, dtype=torch.int32)
+    ends.scatter_(0, slot_T, torch.arange(total, device=segments_BS.device, dtype=torch.int32))
+    ends[-1] = total
+    return Bounds(ends, longest, causal)
+
+
+def _block_mask(allowed: Callable[..., Tensor], queries: Tensor, num_keys: int) -> BlockMask:
+    num_rows, num_queries = queries.shape
+    return _compiled_block_mask()(allowed, num_rows, None, num_queries, num_keys, device=queries.device)
+
+
+@cache
+def _compiled_flex() -> Any:
+    """Uncompiled, FlexAttention computes all Q x K scores."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _compiled_block_mask() -> Any:
+    """Uncompiled, it builds all Q x K bools first."""
+    return torch.compile(create_block_mask, dynamic=False)

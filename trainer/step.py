@@ -7,67 +7,57 @@ so that every split into ranks and microbatches gives the same loss and the same
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from trainer.data.counts import Counts
-from trainer.metrics import StepStats
-from trainer.models.vlm import VisionLanguageModel
-from trainer.optim import clip_gradients, set_lr
-from trainer.parallel.fsdp import sync_gradients
+from trainer.data.batch import Batch
 from trainer.parallel.mesh import World
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from trainer.data.batch import Batch
-    from trainer.data.loader import Step
+from trainer.parallel.parallelize import ParallelModel
 
 
-def train_step(
-    model: VisionLanguageModel,
-    optimizer: torch.optim.Optimizer,
-    step: Step,
-    world: World,
-    *,
-    lr: float,
-    max_grad_norm: float,
-) -> StepStats:
-    """Train on this rank's part of one global batch. Every rank calls it; nothing is read from the device."""
-    counts = Counts.from_list(world.sum_on_host(step.counts.to_list()))
-    loss = backward(model, step.microbatches, counts.labels, dp_size=world.dp_size)
-    grad_norm = clip_gradients(model, max_grad_norm)
-    set_lr(optimizer, lr)
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepStats(
-        step=step.index + 1,
-        loss=loss,
-        grad_norm=grad_norm,
-        lr=lr,
-        labels=counts.labels,
-        tokens=counts.tokens,
-        patches=counts.patches,
-        imbalance=step.imbalance,
-        wait_s=step.wait_s,
-    )
-
-
-def backward(
-    model: VisionLanguageModel, microbatches: Sequence[Batch], num_labels: int, *, dp_size: int
+def forward_backward(
+    model: ParallelModel, batches: Sequence[Batch], world: World, *, num_labels: int, num_sources: int
 ) -> Tensor:
-    """Add the gradients of the global loss; returns this rank's share of it.
+    """Add the gradients of the global loss; returns this rank's share of the nll of each source.
 
-    `num_labels` counts the global batch. FSDP averages gradients over `dp_size` ranks, where the global loss
-    is a sum over them: the factor undoes it.
+    `num_labels` counts the global batch. See `_run` for the shares.
     """
-    shares: list[Tensor] = []
-    for i, batch in enumerate(microbatches):
-        sync_gradients(model, enabled=i == len(microbatches) - 1)
-        share = model(batch).sum() / max(1, num_labels)
-        (share * dp_size).backward()
-        shares.append(share.detach())
-    return torch.stack(shares).sum()
+    return _run(model, batches, world, num_sources, scale=world.loss_factor / max(1, num_labels), train=True)
+
+
+@torch.no_grad()
+def forward(model: ParallelModel, batches: Sequence[Batch], world: World, *, num_sources: int) -> Tensor:
+    """This rank's share of the nll of each source, of microbatches that nothing is learned from."""
+    return _run(model, batches, world, num_sources, scale=1.0, train=False)
+
+
+def _run(
+    model: ParallelModel,
+    batches: Sequence[Batch],
+    world: World,
+    num_sources: int,
+    *,
+    scale: float,
+    train: bool,
+) -> Tensor:
+    """float32 [sources]; the sum over all ranks is the nll of the global batch by source, in nats.
+
+    Ranks without the head have zeros; the ranks of axis tp have the same tokens, and a part of each.
+    """
+    sums = torch.zeros(num_sources, device=world.device)
+    [first, *_] = model.parts
+
+    def loss(nll_BS: Tensor, number: int) -> Tensor:
+        sums.add_(sums_by_source(nll_BS.detach(), first.own(batches[number].sources_BS), num_sources))
+        return nll_BS.sum() * scale
+
+    model.run(batches, loss, train=train)
+    return sums / world.tp_size
+
+
+def sums_by_source(nll_BS: Tensor, sources_BS: Tensor, num_sources: int) -> Tensor:
+    """nll of each source, float32 [sources]. A product, as scattered sums on a GPU differ from run to run."""
+    source_s = torch.arange(num_sources, device=nll_BS.device)
+    return nll_BS.flatten() @ (sources_BS.flatten()[:, None] == source_s).float()

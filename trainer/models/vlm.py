@@ -10,15 +10,16 @@ in step, and the encoder's gradients are then zeros, never missing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry
-from trainer.attention import decoder_mask
+from trainer.attention import Backend, Mask, document_mask, segment_mask
 from trainer.loss import chunked_nll
 from trainer.models.decoder import Decoder, DecoderConfig
 from trainer.models.encoder import Encoder, EncoderConfig, make_encoder
@@ -27,6 +28,7 @@ from trainer.models.vision import frame_segments
 
 if TYPE_CHECKING:
     from trainer.data.batch import Batch
+    from trainer.parallel.context import SequencePart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,50 +38,84 @@ class ModelConfig:
     decoder: DecoderConfig
 
 
+class Masks(NamedTuple):
+    """What may attend to what in one microbatch. Built once; every layer and every stage takes the same."""
+
+    decoder: Mask
+    encoder: Mask | None
+    """None in a stage without encoder."""
+
+
 class VisionLanguageModel(nn.Module):
     """One stage of the model; all of it unless parts are taken out.
 
     A later pipeline stage has no encoder, projector and `decoder.embed_tokens`; an earlier one has no
-    `decoder.norm` and `decoder.lm_head`.
+    `decoder.norm` and `decoder.lm_head`. `trainer.parallel` sets `sequence`, `gather_visual`, `nll` and the
+    decoder's `exchange` where ranks share a batch; by default the whole of it is here.
     """
 
-    def __init__(self, config: ModelConfig, geometry: Geometry) -> None:
+    def __init__(
+        self, config: ModelConfig, geometry: Geometry, *, backend: Backend = "sdpa", z_loss: float = 0.0
+    ) -> None:
         super().__init__()
         encoder_width, decoder_width = config.encoder.hidden_size, config.decoder.hidden_size
         self.encoder: Encoder | None = make_encoder(config.encoder, geometry.mean, geometry.std)
         self.projector: Projector | None = Projector(config.projector, encoder_width, decoder_width)
         self.decoder = Decoder(config.decoder)
+        self.backend: Backend = backend
+        self.z_loss = z_loss
+        self.sequence: SequencePart | None = None
+        self.gather_visual: Callable[[Tensor], Tensor] | None = None
+        self.nll: Callable[..., Tensor] = chunked_nll
 
-    def forward(self, batch: Batch, h_BSD: Tensor | None = None) -> Tensor:
-        """nll_BS: nats per label, float32, 0 where there is none. A stage without the head returns h_BSD."""
-        h_BSD = self.hidden(batch, h_BSD)
+    def forward(self, batch: Batch, h_BSD: Tensor | None = None, *, masks: Masks | None = None) -> Tensor:
+        """nll_BS: nats per label, float32, 0 where there is none. A stage without the head returns h_BSD.
+
+        `h_BSD` comes from the stage before, and is None in the first one. Under context parallelism S is this
+        rank's part of the positions.
+        """
+        h_BSD = self.hidden(batch, h_BSD, masks=masks)
         if self.decoder.norm is None:
             return h_BSD
-        return chunked_nll(h_BSD, self.decoder.head_weight, batch.labels_BS)
+        return self.nll(h_BSD, self.decoder.head_weight, self.own(batch.labels_BS), z_loss=self.z_loss)
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, S, V], for comparisons of small models; training never builds it."""
         return self.hidden(batch) @ self.decoder.head_weight.t()
 
-    def hidden(self, batch: Batch, h_BSD: Tensor | None = None) -> Tensor:
-        """h_BSD after the decoder. `h_BSD` comes from the stage before, and is None in the first one."""
+    def hidden(self, batch: Batch, h_BSD: Tensor | None = None, *, masks: Masks | None = None) -> Tensor:
+        """h_BSD after the decoder."""
+        masks = masks or self.masks(batch)
         if h_BSD is None:
-            h_BSD = self.embed(batch)
-        return self.decoder(h_BSD, batch.positions_BS, decoder_mask(batch.positions_BS))
+            h_BSD = self.embed(batch, masks)
+        return self.decoder(h_BSD, self.own(batch.positions_BS), masks.decoder)
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch, masks: Masks) -> Tensor:
         """Token embeddings with the visual tokens in their places: h_BSD."""
         assert self.encoder is not None and self.projector is not None, "only the first stage embeds"
-        assert self.decoder.embed_tokens is not None, "only the first stage embeds"
+        assert self.decoder.embed_tokens is not None and masks.encoder is not None, "only the first stage embeds"
+        segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
+        z_NLE = self.encoder(
+            batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, segments_NL, masks.encoder
+        )
+        visual_vD = self.projector(z_NLE)
+        if self.gather_visual is not None:
+            visual_vD = self.gather_visual(visual_vD)
+        h_BSD = self.decoder.embed_tokens(self.own(batch.tokens_BS))
+        return place_visual_tokens(h_BSD, visual_vD, self.own(batch.visual_index_BS))
+
+    def masks(self, batch: Batch) -> Masks:
+        order = None if self.sequence is None else self.sequence.order
+        decoder = document_mask(batch.positions_BS, self.backend, order, batch.max_documents)
+        if self.encoder is None:
+            return Masks(decoder, None)
         segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
         segments_NX = self.encoder.attention_segments(segments_NL)
-        mask_N1XX = (segments_NX[:, :, None] == segments_NX[:, None, :]).unsqueeze(1)
-        z_NLE = self.encoder(
-            batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, segments_NL, mask_N1XX
-        )
-        return place_visual_tokens(
-            self.decoder.embed_tokens(batch.tokens_BS), self.projector(z_NLE), batch.visual_index_BS
-        )
+        return Masks(decoder, segment_mask(segments_NX, self.backend, batch.max_segments))
+
+    def own(self, x_BS: Tensor) -> Tensor:
+        """This rank's positions."""
+        return x_BS if self.sequence is None else self.sequence.take(x_BS)
 
 
 def place_visual_tokens(h_BSD: Tensor, visual_vD: Tensor, visual_index_BS: Tensor) -> Tensor:

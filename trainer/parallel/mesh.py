@@ -1,7 +1,16 @@
-"""The processes of a run, as the launcher made them.
+"""The processes of a run, as the launcher made them, and the axes along which they divide the work.
 
     python -m trainer train            one process: no group, no mesh
-    torchrun ... -m trainer train      one process per device: a mesh with axis "dp"
+    torchrun ... -m trainer train      one process per device, on a mesh of five axes (sizes of 1 are fine)
+
+    axis           divides                                   slowest link
+    pp             decoder layers                            between nodes
+    dp_replicate   packs; parameters are copies of each other
+    dp_shard       packs; parameters are shards              v
+    cp             the positions of a pack
+    tp             heads, feed-forward width, vocabulary     inside a node
+
+Encoder and projector know no tp: the ranks of cp and tp share the vision rows of their packs instead.
 
 Mixed precision needs FSDP, which keeps float32 weights beside their bfloat16 copies; a single bfloat16
 process therefore forms a group of its own, in memory, and takes the same path as many.
@@ -19,11 +28,65 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from shared.config import require_at_least
 from shared.errors import UserError
 
-DATA_AXIS = "dp"
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 # Host numbers travel by gloo and never wait for the device; see `World.sum_on_host`.
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Sizes of the mesh axes. What they leave of the processes shards data and parameters (dp_shard)."""
+
+    pp: int = 1
+    """Pipeline ranks."""
+    dp_replicate: int = 1
+    """Copies of the sharded parameters: shard inside a node, replicate across nodes (HSDP)."""
+    cp: int = 1
+    """Ranks that share the positions of a pack."""
+    tp: int = 1
+    """Ranks that share every product of the decoder."""
+    sequence_parallel: bool = True
+    """With tp: norms and residuals on a part of the positions each, instead of all positions on every rank."""
+    stages_per_rank: int = 1
+    """Pipeline stages on one rank: 1 is the 1F1B schedule, more the interleaved one (smaller bubble)."""
+    stage_layers: tuple[int, ...] = ()
+    """Decoder layers of each stage, first to last; empty: as even as they go."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "pp", "dp_replicate", "cp", "tp", "stages_per_rank")
+        if self.stages_per_rank > 1 and self.pp == 1:
+            raise ValueError(f"stages_per_rank {self.stages_per_rank} needs pp above 1")
+        if self.stage_layers and len(self.stage_layers) != self.num_stages:
+            raise ValueError(
+                f"stage_layers has {len(self.stage_layers)} entries, expected {self.num_stages} = pp x stages_per_rank"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * self.stages_per_rank
+
+    def sizes(self, num_ranks: int) -> dict[str, int]:
+        """Size of every axis for a number of processes.
+
+        Raises:
+            ValueError: they cannot be divided that way.
+        """
+        fixed = self.pp * self.dp_replicate * self.cp * self.tp
+        if num_ranks % fixed:
+            raise ValueError(
+                f"{num_ranks} processes are no multiple of {fixed} = pp {self.pp} x dp_replicate "
+                f"{self.dp_replicate} x cp {self.cp} x tp {self.tp}"
+            )
+        return {
+            "pp": self.pp,
+            "dp_replicate": self.dp_replicate,
+            "dp_shard": num_ranks // fixed,
+            "cp": self.cp,
+            "tp": self.tp,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,19 +95,75 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """None: one process without a group."""
+    """Over AXES; None: one process without a group."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def axis_size(self, axis: str) -> int:
+        return 1 if self.mesh is None else self.mesh.size(AXES.index(axis))
+
+    def axis_rank(self, axis: str) -> int:
+        return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
+
     @property
-    def dp_rank(self) -> int:
-        return 0 if self.mesh is None else self.mesh.get_local_rank(DATA_AXIS)
+    def pp_size(self) -> int:
+        return self.axis_size("pp")
+
+    @property
+    def cp_size(self) -> int:
+        return self.axis_size("cp")
+
+    @property
+    def tp_size(self) -> int:
+        return self.axis_size("tp")
+
+    @property
+    def pp_rank(self) -> int:
+        return self.axis_rank("pp")
+
+    @property
+    def cp_rank(self) -> int:
+        return self.axis_rank("cp")
+
+    @property
+    def tp_rank(self) -> int:
+        return self.axis_rank("tp")
 
     @property
     def dp_size(self) -> int:
-        return 1 if self.mesh is None else self.mesh[DATA_AXIS].size()
+        """Ranks that train on different packs."""
+        return self.axis_size("dp_replicate") * self.axis_size("dp_shard")
+
+    @property
+    def dp_rank(self) -> int:
+        return self.axis_rank("dp_replicate") * self.axis_size("dp_shard") + self.axis_rank("dp_shard")
+
+    @property
+    def vision_parts(self) -> tuple[int, int]:
+        """(index, count): which share of the vision rows of its packs this rank encodes."""
+        index = self.cp_rank * self.tp_size + self.tp_rank
+        return index, self.cp_size * self.tp_size
+
+    @property
+    def is_counting(self) -> bool:
+        """True on one rank of those that share packs: only it adds what it counts of them to a sum over all."""
+        return self.pp_rank == 0 and self.vision_parts[0] == 0
+
+    @property
+    def loss_factor(self) -> int:
+        """FSDP averages gradients over the ranks that see different positions, where the loss is a sum over them.
+
+        Encoder and projector are averaged over tp as well, but the gather of visual tokens has summed the tp copies
+        of their gradients before (trainer.parallel.context): the factor is the same.
+        """
+        return self.dp_size * self.cp_size
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that hold the parameters of one pipeline stage together."""
+        return self.size // self.pp_size
 
     def sum_on_host(self, values: Sequence[int]) -> list[int]:
         """Sums over all ranks of numbers that the host already has, without touching the device."""
@@ -83,14 +202,26 @@ class World:
             self.sum_on_host([0])
 
 
+def sub_mesh(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
+    """One axis over the product of `axes` (neighbours, in the order of AXES)."""
+    if len(axes) == 1:
+        return mesh[axes[0]]
+    return mesh[axes]._flatten("_".join(axes))
+
+
 @contextmanager
-def open_world(device: str, dtype: str) -> Generator[World, None, None]:
+def open_world(device: str, dtype: str, parallel: ParallelConfig | None = None) -> Generator[World, None, None]:
     """Join the processes that the launcher started; leave them at the end.
 
     Raises:
-        UserError: the device that the config names is not in this machine.
+        UserError: the device that the config names is not in this machine, or the processes cannot be divided.
     """
+    parallel = parallel or ParallelConfig()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        parallel.sizes(size)
+    except ValueError as error:
+        raise UserError(f"[parallel] {error}; start another number with torchrun, or change the axes") from None
     place = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     launched = "WORLD_SIZE" in os.environ
     if not launched and dtype == "float32":
@@ -103,10 +234,16 @@ def open_world(device: str, dtype: str) -> Generator[World, None, None]:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, not in __all__
         dist.init_process_group(BACKENDS[device], store=store, rank=0, world_size=1)
     try:
-        mesh = init_device_mesh(device, (size,), mesh_dim_names=(DATA_AXIS,))
-        yield World(rank=rank, size=size, device=place, mesh=mesh)
+        yield make_world(rank, size, place, parallel)
     finally:
         dist.destroy_process_group()
+
+
+def make_world(rank: int, size: int, device: torch.device, parallel: ParallelConfig) -> World:
+    """The world of a process group that exists."""
+    sizes = parallel.sizes(size)
+    mesh = init_device_mesh(device.type, tuple(sizes[axis] for axis in AXES), mesh_dim_names=AXES)
+    return World(rank=rank, size=size, device=device, mesh=mesh)
 
 
 def _local_device(device: str, local_rank: int) -> torch.device:

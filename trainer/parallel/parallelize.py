@@ -1,39 +1,187 @@
 """Everything that is done to a model before it has weights, in the one order that works:
 
-    1. tensor parallelism        replaces parameters by DTensors; must see the plain modules
-    2. activation checkpointing  wraps the forward of each layer
-    3. compile                   compiles each layer with its checkpointing inside
-    4. FSDP                      shards what is left; its hooks stay outside the compiled code
-
-Context parallelism divides the inputs and pipeline parallelism the layers, before this. Only step 4 exists.
+    1. pipeline                  takes out the layers of other ranks
+    2. tensor parallelism        replaces parameters by DTensors; must see the plain modules
+    3. context parallelism       hooks: which positions are here, the exchange of keys and values
+    4. activation checkpointing  replaces the forward of each layer
+    5. compile                   compiles each layer with its checkpointing inside
+    6. FSDP                      shards what is left; its hooks stay outside the compiled code
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from shared.geometry import Geometry
+import torch
+from torch import Tensor, nn
+
+from shared.config import require_at_least
+from shared.geometry import Budget, Geometry
+from trainer.attention import Backend
+from trainer.data.batch import Batch
 from trainer.models.init import init_parameters
-from trainer.models.vlm import ModelConfig, VisionLanguageModel
-from trainer.parallel.fsdp import shard
-from trainer.parallel.mesh import World
+from trainer.models.vlm import Masks, ModelConfig, VisionLanguageModel
+from trainer.parallel.context import SequencePart, gather_rows
+from trainer.parallel.fsdp import shard, sync_gradients
+from trainer.parallel.mesh import ParallelConfig, World, sub_mesh
+from trainer.parallel.pipeline import Pipeline, StageModel, cut_stage, hidden_shape, stage_layers
+from trainer.parallel.recompute import Recompute, checkpoint_layer
+from trainer.parallel.tensor import apply_tensor_parallel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Loss = Callable[[Tensor, int], Tensor]
+"""(nll_BS of this rank, number of the microbatch) -> what backward starts from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeConfig:
+    """How the same numbers are computed: memory against time. Nothing here changes what a run learns."""
+
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """auto: flex on CUDA, sdpa elsewhere."""
+    recompute: Recompute = "none"
+    """Activation checkpointing: what backward needs of a layer is kept, kept in part, or computed again."""
+    compile: bool = False
+    """torch.compile for every layer."""
+
+    def backend(self, device: str) -> Backend:
+        if self.attention == "auto":
+            return "flex" if device == "cuda" else "sdpa"
+        return self.attention
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatches:
+    """Sizes that are the same for every microbatch of a run."""
+
+    budget: Budget
+    packs: int
+    """B"""
+    count: int
+    """Per optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelModel:
+    """The parts of the model on this rank, and how a batch goes through them."""
+
+    parts: list[VisionLanguageModel]
+    pipeline: Pipeline | None = field(default=None)
+
+    def run(self, batches: Sequence[Batch], loss: Loss, *, train: bool) -> None:
+        """Forward, and backward if `train`, of all microbatches of a step; every rank calls it.
+
+        `loss` is called for each microbatch on the ranks that have the head.
+        """
+        if self.pipeline is not None:
+            masks = [self._masks(batch) for batch in batches]
+            self.pipeline.run(list(zip(batches, masks, strict=True)), loss, train=train)
+            return
+        [model] = self.parts
+        for number, batch in enumerate(batches):
+            if train:
+                sync_gradients(model, enabled=number == len(batches) - 1)
+            share = loss(model(batch), number)
+            if train:
+                share.backward()
+
+    def _masks(self, batch: Batch) -> Masks:
+        """Of all stages here; the first of them has the encoder if any has."""
+        return self.parts[0].masks(batch)
 
 
 def build_model(
-    config: ModelConfig, geometry: Geometry, world: World, *, dtype: str, seed: int
-) -> VisionLanguageModel:
-    """The model of this rank, on its device, initialized. Nothing is allocated before it is sharded."""
-    with torch.device("meta"):
-        model = VisionLanguageModel(config, geometry)
-    parallelize(model, world, DTYPES[dtype])
-    model.to_empty(device=world.device)
-    init_parameters(model, config, seed)
-    return model
+    config: ModelConfig,
+    geometry: Geometry,
+    world: World,
+    *,
+    dtype: str,
+    seed: int,
+    parallel: ParallelConfig | None = None,
+    compute: ComputeConfig | None = None,
+    microbatches: Microbatches | None = None,
+    z_loss: float = 0.0,
+    prepare: Callable[[Sequence[nn.Module]], None] | None = None,
+) -> ParallelModel:
+    """The model of this rank, on its device, initialized. Nothing is allocated before it is sharded.
+
+    `microbatches` is needed under pipeline parallelism only. `prepare` sees the parts before FSDP does (freezing).
+    """
+    parallel, compute = parallel or ParallelConfig(), compute or ComputeConfig()
+    backend = compute.backend(world.device.type)
+    staged = parallel.pp > 1
+    cls = StageModel if staged else VisionLanguageModel
+    stages = stage_layers(config.decoder.num_layers, parallel)
+    own = stages[world.pp_rank :: parallel.pp]
+    parts: list[VisionLanguageModel] = []
+    for layers in own:
+        with torch.device("meta"):
+            model = cls(config, geometry, backend=backend, z_loss=z_loss)
+        cut_stage(model, layers, config.decoder.num_layers)
+        parts.append(model)
+    if prepare is not None:
+        prepare(parts)
+    for model in parts:
+        parallelize(model, world, parallel, compute, DTYPES[dtype], microbatches)
+        model.to_empty(device=world.device)
+        init_parameters(model, config, seed)
+    return ParallelModel(
+        parts=parts, pipeline=_pipeline(parts, config, world, parallel, DTYPES[dtype], microbatches)
+    )
 
 
-def parallelize(model: VisionLanguageModel, world: World, dtype: torch.dtype) -> None:
-    """Apply the parallelism of `world` to a model on the meta device, in place."""
-    if world.mesh is not None:
-        shard(model, world.mesh, dtype)
+def parallelize(
+    model: VisionLanguageModel,
+    world: World,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    dtype: torch.dtype,
+    microbatches: Microbatches | None,
+) -> None:
+    """Apply the parallelism of `world` to a part of the model on the meta device, in place."""
+    mesh = world.mesh
+    if mesh is not None and parallel.tp > 1:
+        apply_tensor_parallel(model, mesh["tp"], sequence_parallel=parallel.sequence_parallel)
+    if mesh is not None and parallel.cp > 1:
+        assert microbatches is not None
+        sequence = SequencePart(
+            microbatches.budget.S, world.cp_rank, mesh.get_group("cp"), world.device
+        )
+        model.sequence = sequence
+        for layer in model.decoder.layers.values():
+            layer.self_attn.exchange = sequence.exchange
+    if mesh is not None and parallel.cp * parallel.tp > 1:
+        model.gather_visual = gather_rows(sub_mesh(mesh, "cp", "tp").get_group())
+    for layer in layers_of(model):
+        checkpoint_layer(layer, compute.recompute)
+        if compute.compile:
+            layer.compile(fullgraph=True)
+    if mesh is not None:
+        # A pipeline runs many microbatches between two updates: gathering anew for each would cost more than memory.
+        shard(model, mesh, dtype, reshard_after_forward=parallel.pp == 1)
+
+
+def layers_of(model: VisionLanguageModel) -> list[nn.Module]:
+    encoder = [] if model.encoder is None else [*model.encoder.layers.values()]
+    return [*encoder, *model.decoder.layers.values()]
+
+
+def _pipeline(
+    parts: Sequence[VisionLanguageModel],
+    config: ModelConfig,
+    world: World,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    microbatches: Microbatches | None,
+) -> Pipeline | None:
+    if parallel.pp == 1:
+        return None
+    assert microbatches is not None
+    hidden = hidden_shape(
+        microbatches.budget, microbatches.packs, config.decoder.hidden_size, world, parallel
+    )
+    nll = torch.Size((microbatches.packs, microbatches.budget.S // parallel.cp))
+    stages = [part for part in parts if isinstance(part, StageModel)]
+    return Pipeline(stages, world, parallel, (hidden, dtype), nll, microbatches.count)

@@ -1,0 +1,130 @@
+"""Pipeline parallelism: consecutive decoder layers on consecutive ranks, encoder and embedding in the first stage.
+
+    stages_per_rank 1   1F1B: a rank holds one stage
+    above               interleaved 1F1B: rank r holds stages r, r + pp, ..; the bubble shrinks by that factor
+
+Only hidden states travel between stages. What else a stage needs of a microbatch (positions, masks; pictures
+in the first; labels in the last) its ranks have loaded themselves: every rank of a pipeline reads the same packs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from shared.geometry import Budget
+from trainer.data.batch import Batch
+from trainer.models.vlm import Masks, VisionLanguageModel
+from trainer.parallel.mesh import ParallelConfig, World
+
+
+def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[range]:
+    """Decoder layers of every stage; without `stage_layers` as even as they go, the first stages shorter.
+
+    The first stage has the encoder as well, the last one the head.
+
+    Raises:
+        ValueError: the layers cannot be divided that way.
+    """
+    stages = parallel.num_stages
+    counts = list(parallel.stage_layers)
+    if not counts:
+        counts = [(num_layers + s) // stages for s in range(stages)]
+    if sum(counts) != num_layers or min(counts) < 1:
+        raise ValueError(f"{num_layers} decoder layers cannot be divided into stages of {counts}")
+    ends = [sum(counts[: s + 1]) for s in range(stages)]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def cut_stage(model: VisionLanguageModel, layers: range, num_layers: int) -> None:
+    """Take out of a whole model what a stage does not have, in place."""
+    for name in [name for name in model.decoder.layers if int(name) not in layers]:
+        del model.decoder.layers[name]
+    if layers.start > 0:
+        model.encoder = model.projector = model.decoder.embed_tokens = None
+    if layers.stop < num_layers:
+        model.decoder.norm = model.decoder.lm_head = None
+
+
+class StageModel(VisionLanguageModel):
+    """A stage that finds the batch of a microbatch by its number: the schedule hands tensors on, no batches."""
+
+    feed: Sequence[tuple[Batch, Masks]] = ()
+
+    def forward(self, *h_BSD: Tensor, microbatch: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batch, masks = self.feed[int(microbatch)]  # a tensor of the host: nothing waits
+        return super().forward(batch, *h_BSD, masks=masks)
+
+
+class Pipeline:
+    """The stages of this rank and their schedule."""
+
+    def __init__(
+        self, parts: Sequence[StageModel], world: World, parallel: ParallelConfig, hidden: tuple[torch.Size, torch.dtype],
+        nll: torch.Size, num_microbatches: int,
+    ) -> None:  # fmt: skip
+        assert world.mesh is not None
+        self.parts, self.num_microbatches = list(parts), num_microbatches
+        h = torch.empty(hidden[0], dtype=hidden[1], device="meta", requires_grad=True)
+        # Shapes are given: torch would find them out by running the model once more.
+        stages: list[Any] = []
+        for number, part in enumerate(parts):
+            index = world.pp_rank + number * parallel.pp
+            last = index == parallel.num_stages - 1
+            output = torch.empty(nll, device="meta", requires_grad=True) if last else h
+            stages.append(
+                PipelineStage(
+                    part, index, parallel.num_stages, world.device,
+                    input_args=() if index == 0 else (h,), output_args=(output,), group=world.mesh.get_group("pp"),
+                )
+            )  # fmt: skip
+        self.has_loss = stages[-1].is_last
+        options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
+        self.schedule: Any = (
+            ScheduleInterleaved1F1B(stages, num_microbatches, **options)
+            if len(stages) > 1
+            else Schedule1F1B(stages[0], num_microbatches, **options)
+        )
+        self.loss: Callable[[Tensor, int], Tensor] = _not_set
+
+    def _loss(self, nll_BS: Tensor, microbatch: Tensor) -> Tensor:
+        return self.loss(nll_BS, int(microbatch))
+
+    def run(
+        self, feed: Sequence[tuple[Batch, Masks]], loss: Callable[[Tensor, int], Tensor], *, train: bool
+    ) -> None:
+        """Forward, and backward if `train`, of exactly `num_microbatches` microbatches.
+
+        `loss(nll_BS, microbatch)` is called on the last stage and returns what backward starts from.
+        """
+        assert len(feed) == self.num_microbatches
+        self.loss = loss
+        for part in self.parts:
+            part.feed = feed
+        numbers = torch.arange(len(feed))
+        run = self.schedule.step if train else self.schedule.eval
+        losses: list[Tensor] | None = [] if self.has_loss else None
+        run(microbatch=numbers, target=numbers if self.has_loss else None, losses=losses, **_quiet(train))
+        for part in self.parts:
+            part.feed = ()
+
+
+def _quiet(train: bool) -> dict[str, Any]:
+    """`eval` returns its outputs in any case."""
+    return {"return_outputs": False} if train else {}
+
+
+def _not_set(nll_BS: Tensor, microbatch: int) -> Tensor:
+    raise AssertionError("no loss outside `run`")
+
+
+def hidden_shape(
+    budget: Budget, packs: int, width: int, world: World, parallel: ParallelConfig
+) -> torch.Size:
+    """What travels between stages on one rank: [B, S / cp (/ tp), D]."""
+    parts = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    return torch.Size((packs, budget.S // parts, width))
