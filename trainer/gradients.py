@@ -23,10 +23,9 @@ from trainer.parallel.mesh import World
 @torch.no_grad()
 def gradient_norms(parts: Sequence[nn.Module], world: World) -> Tensor:
     """float32 [3]: the norm of the gradients of encoder, projector and decoder. All ranks call it; nothing waits."""
-    ranks_of_a_stage = world.dp_size * world.cp_size * world.tp_size
     shards: dict[tuple[str, int], list[Tensor]] = {}
     for name, gradient in _gradients(parts):
-        key = (name.partition(".")[0], _replicas(gradient, ranks_of_a_stage))
+        key = (name.partition(".")[0], _replicas(gradient, world.stage_ranks))
         shards.setdefault(key, []).append(_local(gradient))
     squares = torch.zeros(len(PARTS), device=world.device)
     for (part, replicas), local in shards.items():
@@ -62,16 +61,16 @@ def _gradients(parts: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
                 yield name, parameter.grad
 
 
-def _replicas(gradient: Tensor, ranks_of_a_stage: int) -> int:
+def _replicas(gradient: Tensor, stage_ranks: int) -> int:
     """How many ranks hold this shard: of those outside the mesh every one has a mesh of its own like it."""
     if not isinstance(gradient, DTensor):
-        return ranks_of_a_stage
+        return stage_ranks
     mesh = gradient.device_mesh
     assert all(isinstance(placement, Replicate | Shard) for placement in gradient.placements), (
         f"a gradient that is still to be reduced: {gradient.placements}"
     )
     copies = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_replicate()]
-    return ranks_of_a_stage // mesh.size() * math.prod(copies)
+    return stage_ranks // mesh.size() * math.prod(copies)
 
 
 def _local(gradient: Tensor) -> Tensor:

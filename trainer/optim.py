@@ -108,29 +108,31 @@ def matches(name: str, pattern: str) -> bool:
     return name.startswith(f"{pattern}.") if pattern in PARTS else fnmatchcase(name, pattern)
 
 
-def check_patterns(names: Iterable[str], patterns: Iterable[str], key: str) -> None:
-    """Refuse a pattern that fits none of `names`, those of the whole model: a stage lacks parts of it.
+def check_names(model: nn.Module, trained: Sequence[str], multipliers: Iterable[str]) -> None:
+    """Refuse an entry of `trained` or `optimizer.lr_multipliers` that fits no parameter of the whole model.
+
+    A stage has parts of the model only, so each of them could not tell.
 
     Raises:
-        UserError: names `key`, the pattern and the closest match.
-    """
-    names = list(names)
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise UserError(f"{key}: {pattern!r} fits no parameter; {closest(pattern, [*PARTS, *names])}")
-
-
-def freeze(model: nn.Module, trained: Sequence[str]) -> None:
-    """Leave gradients only to what `trained` names. For the whole model, before parts are taken out of it.
-
-    Raises:
-        UserError: an entry fits no parameter, or there is none.
+        UserError: names the key, the entry and the closest match; or nothing would be trained.
     """
     if not trained:
         raise UserError(f"trained: is empty; name parts ({', '.join(PARTS)}) or patterns of what is to learn")
-    check_patterns((name for name, _ in model.named_parameters()), trained, "trained")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(matches(name, pattern) for pattern in trained))
+    names = [name for name, _ in model.named_parameters()]
+    for key, patterns in (("trained", trained), ("optimizer.lr_multipliers", multipliers)):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in names):
+                near = closest(pattern, [*PARTS, *names])
+                if not near.startswith("did"):  # a list of all names is no help
+                    near = f"give {', '.join(PARTS)}, or a pattern over names such as {names[-1]!r}"
+                raise UserError(f"{key}: {pattern!r} fits no parameter; {near}")
+
+
+def freeze(parts: Sequence[nn.Module], trained: Sequence[str]) -> None:
+    """Leave gradients only to what `trained` names; before FSDP, which reduces what has gradients."""
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(any(matches(name, pattern) for pattern in trained))
 
 
 def lr_multiplier(name: str, multipliers: dict[str, float]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tests.distributed.launch import launch
 from trainer.gradients import clip_gradients
 from trainer.guard import update_weights
 from trainer.optim import OptimizerConfig, make_optimizer
+from trainer.parallel.mesh import ParallelConfig, World, make_world
 
 SHAPES = {
     "encoder.weight": (6, 4),
@@ -27,22 +27,6 @@ SHAPES = {
     "decoder.bias": (5,),
 }
 MAX_NORM = 3.0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What `clip_gradients` asks of a world, over the processes of `launch`."""
-
-    pp_size: int = 1
-    dp_size: int = 1
-    cp_size: int = 1
-    tp_size: int = 1
-    device: torch.device = torch.device("cpu")
-
-    def sum_on_device(self, values: Tensor) -> Tensor:
-        if dist.is_initialized():
-            dist.all_reduce(values)
-        return values
 
 
 def full_gradient(name: str) -> Tensor:
@@ -72,10 +56,19 @@ def spread(name: str, mesh: DeviceMesh | None, *placements: Placement) -> nn.Par
     return parameter
 
 
-def one_dimension() -> tuple[Layout, dict[str, nn.Parameter]]:
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
+
+
+def world_of(**axes: int) -> World:
+    return make_world(
+        dist.get_rank(), dist.get_world_size(), torch.device("cpu"), ParallelConfig(**axes)
+    )
+
+
+def one_dimension() -> tuple[World, dict[str, nn.Parameter]]:
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("dp",))
-    return Layout(dp_size=size), {
+    return world_of(), {
         "encoder.weight": spread("encoder.weight", mesh, Shard(0)),
         "encoder.bias": spread("encoder.bias", mesh, Replicate()),
         "projector.weight": spread("projector.weight", None),
@@ -85,10 +78,10 @@ def one_dimension() -> tuple[Layout, dict[str, nn.Parameter]]:
     }
 
 
-def two_dimensions() -> tuple[Layout, dict[str, nn.Parameter]]:
+def two_dimensions() -> tuple[World, dict[str, nn.Parameter]]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     flat = init_device_mesh("cpu", (4,), mesh_dim_names=("dp_tp",))
-    return Layout(dp_size=2, tp_size=2), {
+    return world_of(tp=2), {
         "encoder.weight": spread("encoder.weight", flat, Shard(0)),
         "encoder.bias": spread("encoder.bias", None),
         "projector.weight": spread("projector.weight", mesh["dp"], Shard(0)),  # alike on both ranks of tp
@@ -97,21 +90,21 @@ def two_dimensions() -> tuple[Layout, dict[str, nn.Parameter]]:
     }
 
 
-def replicated_and_sharded() -> tuple[Layout, dict[str, nn.Parameter]]:
+def replicated_and_sharded() -> tuple[World, dict[str, nn.Parameter]]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
     parameters = {name: spread(name, mesh, Replicate(), Shard(0)) for name in SHAPES}
-    return Layout(dp_size=4), parameters
+    return world_of(dp_replicate=2), parameters
 
 
-def two_stages() -> tuple[Layout, dict[str, nn.Parameter]]:
+def two_stages() -> tuple[World, dict[str, nn.Parameter]]:
     """The first stage holds encoder, projector and one parameter of the decoder, the second the other."""
     world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     mesh = world["dp"]
     names = list(SHAPES)[:4] if world.get_local_rank("pp") == 0 else list(SHAPES)[4:]
-    return Layout(pp_size=2, dp_size=2), {name: spread(name, mesh, Shard(0)) for name in names}
+    return world_of(pp=2), {name: spread(name, mesh, Shard(0)) for name in names}
 
 
-def fsdp() -> tuple[Layout, dict[str, nn.Parameter]]:
+def fsdp() -> tuple[World, dict[str, nn.Parameter]]:
     """Gradients as FSDP leaves them: the loss is <weight, gradient> on every rank, and FSDP averages."""
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("dp",))
@@ -130,7 +123,7 @@ def fsdp() -> tuple[Layout, dict[str, nn.Parameter]]:
         fully_shard(dot, mesh=mesh)
         dot().backward()
         parameters[name] = dot.value
-    return Layout(dp_size=size), parameters
+    return world_of(), parameters
 
 
 LAYOUTS = {
@@ -149,9 +142,9 @@ def measure(num_processes: int) -> list[dict[str, Any]]:
         dist.destroy_process_group()
 
 
-def measure_layout(layout: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
+def measure_layout(world: World, parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
     parts = [tree(parameters)]
-    norms = clip_gradients(parts, layout, MAX_NORM)
+    norms = clip_gradients(parts, world, MAX_NORM)
     gradients = {name: whole(parameter.grad) for name, parameter in parameters.items()}
     sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
     optimizer = make_optimizer([tree(sharded or parameters)], OptimizerConfig(lr=0.5, weight_decay=0.0))
@@ -199,13 +192,13 @@ def test_norms_and_clipped_gradients_equal_one_process_in_every_layout(
 
 
 def test_one_process_without_a_mesh_clips_to_the_same(one_process: dict[str, Any]) -> None:
-    result = measure_layout(Layout(), {name: spread(name, None) for name in SHAPES})
+    result = measure_layout(ALONE, {name: spread(name, None) for name in SHAPES})
     assert torch.allclose(result["norms"], one_process["norms"])
     assert torch.allclose(result["gradients"]["decoder.bias"], one_process["gradients"]["decoder.bias"])
 
 
 def test_gradients_below_the_limit_stay_as_they_are() -> None:
     parameters = {name: spread(name, None) for name in SHAPES}
-    clip_gradients([tree(parameters)], Layout(), 1e3)  # pyright: ignore[reportArgumentType]  # a layout for a world
+    clip_gradients([tree(parameters)], ALONE, 1e3)
     for name, parameter in parameters.items():
         assert torch.equal(whole(parameter.grad), full_gradient(name))

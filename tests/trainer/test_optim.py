@@ -16,6 +16,7 @@ from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import (
     OptimizerConfig,
     ScheduleConfig,
+    check_names,
     freeze,
     lr_factor,
     make_optimizer,
@@ -89,10 +90,10 @@ def test_a_schedule_that_does_not_fit_is_refused() -> None:
 def test_only_what_is_named_is_trained() -> None:
     model = meta_model()
     everything = {name for name, _ in model.named_parameters()}
-    freeze(model, ["projector", "encoder.layers.1.*"])
+    freeze([model], ["projector", "encoder.layers.1.*"])
     wanted = {name for name in everything if name.startswith(("projector.", "encoder.layers.1."))}
     assert trained_names(model) == wanted and len(wanted) == 6 + 16
-    freeze(model, ["encoder", "projector", "decoder"])
+    freeze([model], ["encoder", "projector", "decoder"])
     assert trained_names(model) == everything
 
 
@@ -109,8 +110,14 @@ def test_a_trained_part_that_does_not_exist_is_refused_with_the_closest(
     trained: list[str], message: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        freeze(meta_model(), trained)
+        check_names(meta_model(), trained, [])
     assert message in str(error.value)
+
+
+def test_a_multiplier_of_nothing_is_refused() -> None:
+    check_names(meta_model(), ["decoder"], ["encoder", "*norm*"])
+    with pytest.raises(UserError, match=r"optimizer.lr_multipliers: '\*norn\*' fits no parameter; give encoder, pro"):
+        check_names(meta_model(), ["decoder"], ["encoder", "*norn*"])
 
 
 def test_matrices_decay_and_biases_norms_and_tables_do_not() -> None:
@@ -133,7 +140,7 @@ def test_matrices_decay_and_biases_norms_and_tables_do_not() -> None:
 
 def test_groups_are_by_multiplier_and_decay_and_leave_out_what_is_frozen() -> None:
     model = meta_model()
-    freeze(model, ["encoder", "decoder.lm_head.weight"])
+    freeze([model], ["encoder", "decoder.lm_head.weight"])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     multipliers = {"encoder": 0.1, "encoder.layers.*": 0.5}
     groups = parameter_groups([model], OptimizerConfig(weight_decay=0.2, lr_multipliers=multipliers))
@@ -159,7 +166,7 @@ def test_the_learning_rate_of_a_group_is_multiplied_at_every_step() -> None:
 
 def test_a_stage_without_anything_trained_has_an_optimizer_that_does_nothing() -> None:
     stage = meta_model()
-    freeze(stage, ["projector"])
+    freeze([stage], ["projector"])
     stage.projector = None
     optimizer = make_optimizer([stage], OptimizerConfig())
     optimizer.step()
