@@ -2,7 +2,7 @@
 
 OUT/
   config.toml      the resolved config
-  run.json         which data set it trains on, and what of it the weights depend on
+  run.json         which data it trains on, and what of it the weights depend on
   metrics.jsonl    one row per step and per evaluation
   tensorboard/
   checkpoints/     see trainer.checkpoint
@@ -10,10 +10,12 @@ OUT/
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from shared.config import load_config, to_dict, to_toml
 from shared.dataset import DataSet
@@ -25,10 +27,19 @@ from trainer.models.vlm import VisionLanguageModel, check_fit
 from trainer.parallel.mesh import World
 from trainer.parallel.parallelize import build_model
 
-# What a resumed run may change: where things are, how long it trains, what it reports, how it splits a batch.
-# Keys, or whole sections.
-MAY_CHANGE = {"dataset", "out", "device", "steps", "checkpoint", "eval", "log", "batch.packs_per_microbatch"}
-
+# What a resumed run may change, keys or whole sections: none of it says what is learned, or from what.
+MAY_CHANGE = {
+    *(
+        "dataset",
+        "mixture",
+        "out",
+        "start",
+    ),  # where things are; run.json knows which data, and in which shares
+    *("steps", "checkpoint", "eval", "log", "profile"),  # how long it trains, what it keeps and reports
+    *("device", "parallel", "memory", "compile", "attention", "decode_threads", "batch.packs_per_microbatch"),
+}
+# The sections that say what the weights compute.
+MODEL_SECTIONS = ("encoder", "projector", "decoder")
 
 # What says how large pictures are, not what a patch means: another data set to evaluate on may differ in it.
 SIZES = {"max_patches_per_image", "resize"}
@@ -50,8 +61,10 @@ def hold_run(out: Path, world: World) -> Generator[None, None, None]:
         yield
 
 
-def find_checkpoint(config: RunConfig, dataset: DataSet) -> Path | None:
+def find_checkpoint(config: RunConfig, data: str) -> Path | None:
     """The newest complete checkpoint of `config.out`, or None where there is nothing to resume.
+
+    `data` is the identity of what is trained on: of one data set, or of several and their weights.
 
     Raises:
         UserError: the run there is another one: its data or its config differ; names what differs.
@@ -60,33 +73,62 @@ def find_checkpoint(config: RunConfig, dataset: DataSet) -> Path | None:
     checkpoints = complete_checkpoints(checkpoint_directory(out))
     if not checkpoints:
         return None
-    if _read_run(out)["dataset_identity"] != dataset.identity:
+    if _read_run(out)["data"] != data:
         raise UserError(
-            f"run {out} was trained on another data set than {dataset.path}; "
-            "give its own data set, or another --out"
+            f"run {out} was trained on other data, or with other weights between data sets; "
+            "give its own, or another --out"
         )
     old, new = (_flat(to_dict(each)) for each in (load_run_config(out), config))
-    fixed = [key for key in sorted(old.keys() | new.keys()) if not {key, key.partition(".")[0]} & MAY_CHANGE]
-    changed = [key for key in fixed if old.get(key) != new.get(key)]
+    changed = [line for key, line in _changes(old, new) if not {key, key.partition(".")[0]} & MAY_CHANGE]
     if changed:
         raise UserError(
-            f"run {out} cannot go on with another config: "
-            + ", ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in changed)
-            + "; give another --out"
+            f"run {out} cannot go on with another config: {', '.join(changed)}; give another --out"
         )
     return checkpoints[-1]
 
 
-def write_run(config: RunConfig, dataset: DataSet) -> None:
-    """Write config.toml and run.json. Only rank 0 calls it, after `find_checkpoint`."""
+def load_start(
+    run: Path, config: RunConfig, dataset: DataSet, parts: Sequence[nn.Module], world: World
+) -> Path:
+    """Weights to start from: the model of the newest checkpoint of another run, all of it; returns which.
+
+    The optimizer and the order of data start anew, and what is trained may be something else.
+
+    Raises:
+        UserError: the models, or what their tokens and patches mean, are not the same; names what differs.
+    """
+    checkpoint = newest_checkpoint(run)
+    check_meaning(run, dataset)
+    old, new = (_model_keys(each) for each in (load_run_config(run), config))
+    if changed := [line for _, line in _changes(old, new)]:
+        raise UserError(
+            f"start.run {run} has another model: {', '.join(changed)}; "
+            "set these keys to what they were there, or start from another run"
+        )
+    load_checkpoint(checkpoint, parts, None, world)
+    return checkpoint
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run that must have one."""
+    checkpoints = complete_checkpoints(checkpoint_directory(run))
+    if not checkpoints:
+        raise UserError(f"run {run}: no complete checkpoint there; train it first")
+    return checkpoints[-1]
+
+
+def write_run(config: RunConfig, dataset: DataSet, data: str) -> None:
+    """Write config.toml and run.json. Only rank 0 calls it, after `find_checkpoint`.
+
+    `dataset` is one of those trained on: they agree in their tokens and geometry.
+    """
     out = Path(config.out)
     with atomic_path(out / "config.toml") as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
     write_json(
         out / "run.json",
         {
-            "fingerprint": dataset.fingerprint,
-            "dataset_identity": dataset.identity,
+            "data": data,
             "tokens": dataset.manifest["tokens"],
             "geometry": dataset.manifest["geometry"],
         },
@@ -105,12 +147,7 @@ def check_meaning(out: Path, dataset: DataSet) -> None:
     old, new = (
         _flat({name: each[name] for name in ("tokens", "geometry")}) for each in (run, dataset.manifest)
     )
-    names = sorted(name for name in old.keys() | new.keys() if name.partition(".")[2] not in SIZES)
-    different = [
-        f"{name} was {old.get(name)}, is {new.get(name)} here"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
+    different = [line for name, line in _changes(old, new) if name.partition(".")[2] not in SIZES]
     if different:
         raise UserError(
             f"run {out} was trained with other tokens or patches than data set {dataset.path}: "
@@ -120,7 +157,7 @@ def check_meaning(out: Path, dataset: DataSet) -> None:
 
 def _read_run(out: Path) -> dict[str, Any]:
     run = read_json(out / "run.json", mend="restore it, or train again with another --out")
-    missing = [name for name in ("dataset_identity", "tokens", "geometry") if name not in run]
+    missing = [name for name in ("data", "tokens", "geometry") if name not in run]
     if missing:
         raise UserError(f"{out / 'run.json'}: lacks {', '.join(missing)}; train again with another --out")
     return run
@@ -146,13 +183,26 @@ def new_model(config: RunConfig, dataset: DataSet, world: World) -> VisionLangua
 
 def restore_model(config: RunConfig, dataset: DataSet, world: World) -> tuple[VisionLanguageModel, int]:
     """The model of the newest checkpoint of `config.out`, and its number of finished steps."""
-    checkpoints = complete_checkpoints(checkpoint_directory(Path(config.out)))
-    if not checkpoints:
-        raise UserError(f"run {config.out}: no complete checkpoint there; train it first")
+    checkpoint = newest_checkpoint(Path(config.out))
     check_meaning(Path(config.out), dataset)
     model = new_model(config, dataset, world)
-    state = load_checkpoint(checkpoints[-1], model, None, world)
-    return model, state["step"]
+    return model, load_checkpoint(checkpoint, [model], None, world)["step"]
+
+
+def _model_keys(config: RunConfig) -> dict[str, Any]:
+    """What the weights compute, without the names of presets: what they stand for is there too."""
+    sections = {name: value for name, value in to_dict(config).items() if name in MODEL_SECTIONS}
+    return {key: value for key, value in _flat(sections).items() if not key.endswith(".preset")}
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every key whose value differs, and what to say of it."""
+    keys = sorted(old.keys() | new.keys())
+    return [
+        (key, f"{key} was {old.get(key)}, is {new.get(key)} here")
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
