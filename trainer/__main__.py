@@ -1,4 +1,7 @@
-"""`python -m trainer COMMAND ...`. What a user can mend is one line and exit code 2, a defect a traceback."""
+"""`python -m trainer COMMAND ...`. What a user can mend is one line and exit code 2, a defect a traceback.
+
+The other exit codes: trainer.signals.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from shared.errors import UserError, closest
+from trainer.signals import EXIT_STOPPED, Stopped
 
 # Read by GNU OpenMP when torch is imported, so before any command is. Threads that spin at every barrier make a
 # training step on 2 cores up to 20 times slower as soon as another process wants a core; threads that sleep at
@@ -33,6 +37,10 @@ def main(argv: Sequence[str]) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"trainer: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"trainer: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     return 0
 
 

@@ -20,7 +20,7 @@ import torch
 from shared.config import load_config
 from shared.dataset import DataSet, open_dataset
 from shared.errors import UserError
-from trainer.checkpoint import load_checkpoint, remove_incomplete, save_checkpoint
+from trainer.checkpoint import Checkpointer, load_checkpoint, remove_incomplete
 from trainer.config import RunConfig
 from trainer.data.loader import Loader
 from trainer.data.order import packs_of_step
@@ -38,6 +38,7 @@ from trainer.run import (
     new_model,
     write_run,
 )
+from trainer.signals import Stopped, StopRequest, listen
 from trainer.step import train_step
 
 
@@ -57,7 +58,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     """Train, or go on training, until `config.steps`; returns what the last step and evaluation measured."""
     dataset = open_dataset(config.dataset)
     check_config(config, dataset, world)
-    with hold_run(Path(config.out), world):
+    with listen() as stop, hold_run(Path(config.out), world):
         run = start_run(config, dataset, world)
         console = Console(enabled=world.is_main)
         for line in describe_run(config, dataset, run, world):
@@ -70,8 +71,10 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             total_steps=config.steps,
             print_every=config.log.print_every,
         )
+        directory = checkpoint_directory(Path(config.out))
         try:
-            return train_loop(config, dataset, run, world, reporter)
+            with Checkpointer(directory, world, keep=config.checkpoint.keep) as checkpointer:
+                return train_loop(config, dataset, run, world, reporter, checkpointer, stop)
         finally:
             run.loader.close()
             reporter.close()
@@ -101,16 +104,16 @@ class Run:
 
 def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
     """Build the model, and load the newest checkpoint of the run directory if there is one."""
-    checkpoint = find_checkpoint(config, dataset)
+    checkpoint = find_checkpoint(config, dataset.identity)
     model = new_model(config, dataset, world)
     optimizer = make_optimizer(model, config.optimizer)
     start_step, planned_steps = 0, config.steps
     if checkpoint is not None:
-        start_step = load_checkpoint(checkpoint, model, optimizer, world)["step"]
+        start_step = load_checkpoint(checkpoint, [model], optimizer, world)["step"]
         planned_steps = load_run_config(Path(config.out)).steps
     world.barrier()  # before the config that all have read is written over
     if world.is_main:
-        write_run(config, dataset)
+        write_run(config, dataset, dataset.identity)
         remove_incomplete(checkpoint_directory(Path(config.out)))
     world.barrier()
     loader = Loader(
@@ -135,9 +138,14 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
 
 
 def train_loop(
-    config: RunConfig, dataset: DataSet, run: Run, world: World, reporter: Reporter
+    config: RunConfig,
+    dataset: DataSet,
+    run: Run,
+    world: World,
+    reporter: Reporter,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
 ) -> dict[str, Any]:
-    directory = checkpoint_directory(Path(config.out))
     result: dict[str, Any] = {"run": config.out, "steps": max(run.start_step, config.steps)}
     steps = iter(run.loader)
     for finished in range(run.start_step + 1, config.steps + 1):
@@ -145,7 +153,10 @@ def train_loop(
         clip = config.optimizer.max_grad_norm
         reporter.add(train_step(run.model, run.optimizer, next(steps), world, lr=lr, max_grad_norm=clip))
         last = finished == config.steps
-        save = last or finished % config.checkpoint.every == 0
+        stopping, failing = world.sum_on_host([stop.wanted, checkpointer.failed])
+        if failing:
+            checkpointer.finish()
+        save = last or stopping > 0 or finished % config.checkpoint.every == 0
         evaluate = last or (config.eval.every > 0 and finished % config.eval.every == 0)
         if save or evaluate or finished % config.log.every == 0:
             rows = reporter.flush()
@@ -154,8 +165,13 @@ def train_loop(
         if evaluate:  # first: a checkpoint that is resumed from has its evaluation behind it
             result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, finished)
         if save:
-            state = {"step": finished}
-            save_checkpoint(directory, run.model, run.optimizer, state, world, keep=config.checkpoint.keep)
+            checkpointer.save([run.model], run.optimizer, {"step": finished})
+        if stopping and not last:
+            checkpointer.finish()
+            raise Stopped(
+                f"stopped after step {finished} of {config.steps} as asked, with a checkpoint; "
+                "the same command goes on from it"
+            )
         if save or evaluate:
             reporter.restart_interval()
     if run.start_step >= config.steps:  # asking again for a finished run shows what it reached

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from shared.geometry import Budget
 from tests.distributed.launch import launch
 from tests.trainer.batches import GEOMETRY, Picture, make_batch, num_labels, tiny_config
-from trainer.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from trainer.checkpoint import Checkpointer, complete_checkpoints, load_checkpoint
 from trainer.data.batch import Batch
 from trainer.data.counts import Counts
 from trainer.data.loader import Step
@@ -68,7 +68,8 @@ def measure(dtype: str, factor: int, directory: str) -> dict[str, Any]:
             stats = train_step(model, optimizer, step, world, lr=1e-2, max_grad_norm=0.5)
             curve.append([world.sum_on_device(stats.loss).item(), stats.grad_norm.item()])
         if directory:
-            save_checkpoint(Path(directory), model, optimizer, {"step": STEPS}, world, keep=1)
+            with Checkpointer(Path(directory), world, keep=1) as checkpointer:
+                checkpointer.save([model], optimizer, {"step": STEPS})
         loss = world.sum_on_device(share).item()
         return {"loss": loss, "gradients": gradients, "curve": torch.tensor(curve), **state(model, optimizer)}
 
@@ -86,7 +87,7 @@ def restore(directory: str) -> dict[str, Any]:
     with open_world("cpu", "float32") as world:
         model = build_model(tiny_config(), GEOMETRY, world, dtype="float32", seed=99)
         optimizer = make_optimizer(model, OptimizerConfig(lr=1e-2))
-        load_checkpoint(complete_checkpoints(Path(directory))[-1], model, optimizer, world)
+        load_checkpoint(complete_checkpoints(Path(directory))[-1], [model], optimizer, world)
         return state(model, optimizer)
 
 

@@ -221,10 +221,10 @@ def test_two_processes_train_the_same_run_and_one_goes_on_with_it(command: list[
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--optimizer.lr", "1"], "optimizer.lr was 0.001, now 1.0"),
-        (["--decoder.num-layers", "2"], "decoder.num_layers was 1, now 2"),
-        (["--seed", "3"], "seed was 0, now 3"),
-        (["--batch.packs-per-step", "8"], "batch.packs_per_step was 4, now 8"),
+        (["--optimizer.lr", "1"], "optimizer.lr was 0.001, is 1.0 here"),
+        (["--decoder.num-layers", "2"], "decoder.num_layers was 1, is 2 here"),
+        (["--seed", "3"], "seed was 0, is 3 here"),
+        (["--batch.packs-per-step", "8"], "batch.packs_per_step was 4, is 8 here"),
     ],
 )
 def test_a_run_does_not_go_on_with_another_config(
@@ -242,7 +242,7 @@ def test_a_run_does_not_go_on_with_another_data_set(
     assert main([*command, "--steps", "3"]) == 0
     other = write_dataset(tmp_path / "other", {"train": PACKS[:4], "validation": PACKS[8:]}, BUDGET)
     assert main([*command, "--dataset", str(other)]) == 2
-    assert "was trained on another data set" in capsys.readouterr().err
+    assert "was trained on other data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_run_is_evaluated_on_a_data_set_of_other_sizes(
     ("file", "content", "said"),
     [
         ("run.json", None, "run.json: cannot be read (No such file or directory); restore it"),
-        ("run.json", "{}", "run.json: lacks dataset_identity, tokens, geometry"),
+        ("run.json", "{}", "run.json: lacks data, tokens, geometry"),
     ],
 )
 def test_a_damaged_run_directory_is_one_line(
