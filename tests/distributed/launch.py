@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) -> list[Any]:
     """`function(*arguments)` on every rank; returns what each returned. It must be importable by name."""
-    context, port = mp.get_context("spawn"), _free_port()
+    context, port = mp.get_context("spawn"), free_port()
     with tempfile.TemporaryDirectory() as directory:
         workers = [
             context.Process(target=_work, args=(function, rank, num_processes, port, directory, arguments))
@@ -53,7 +53,7 @@ def _work(
     torch.save((value, failure), Path(directory, f"{rank}.pt"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
