@@ -30,7 +30,7 @@ class Bounds(NamedTuple):
     """Segments of a batch laid end to end: `ends[i] .. ends[i + 1]`, in positions of all rows together."""
 
     ends: Tensor
-    """int32 [segments + 1]; segments that do not exist are empty."""
+    """int32 [segments + 1]: the first is 0, the last the number of positions of all rows."""
     longest: int
     """No segment is longer."""
     causal: bool
@@ -78,16 +78,16 @@ class KeyOrder(NamedTuple):
 
 
 def document_mask(
-    positions_BS: Tensor, backend: Backend, order: KeyOrder | None = None, max_documents: int = 0
+    positions_BS: Tensor, ends: Tensor, backend: Backend, order: KeyOrder | None = None
 ) -> Mask:
     """Document-causal mask over whole packs. A document begins wherever the position is 0.
 
-    `max_documents`: no microbatch has more, padding counted as one per pack; only varlen needs it.
+    `ends` are the borders of documents and padding (`Bounds.ends`), which varlen takes instead of positions.
     """
-    document_BS = (positions_BS == 0).cumsum(dim=1)
     if backend == "varlen":
         assert order is None, "varlen attention has no queries without their keys"
-        return _bounds(document_BS, max_documents, causal=True)
+        return Bounds(ends, positions_BS.shape[1], causal=True)
+    document_BS = (positions_BS == 0).cumsum(dim=1)
     if order is None:
         index_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
         order = KeyOrder(index_S, index_S)
@@ -103,10 +103,10 @@ def document_mask(
     return _block_mask(allowed, query_BS, key_BS.shape[1])
 
 
-def segment_mask(segments_NX: Tensor, backend: Backend, max_segments: int = 0) -> Mask:
+def segment_mask(segments_NX: Tensor, ends: Tensor, backend: Backend) -> Mask:
     """Bidirectional mask inside each segment of a row: positions that have the same number see each other."""
     if backend == "varlen":
-        return _bounds(segments_NX, max_segments, causal=False)
+        return Bounds(ends, segments_NX.shape[1], causal=False)
     if backend == "sdpa":
         return (segments_NX[:, :, None] == segments_NX[:, None, :]).unsqueeze(1)
 
@@ -114,20 +114,6 @@ def segment_mask(segments_NX: Tensor, backend: Backend, max_segments: int = 0) -
         return segments_NX[b, q] == segments_NX[b, k]
 
     return _block_mask(allowed, segments_NX, segments_NX.shape[1])
-
-
-def _bounds(segments_BS: Tensor, max_segments: int, *, causal: bool) -> Bounds:
-    """Borders of runs of equal numbers, without asking the device how many there are."""
-    total, longest = segments_BS.numel(), segments_BS.shape[1]
-    starts_BS = torch.ones_like(segments_BS, dtype=torch.bool)
-    starts_BS[:, 1:] = segments_BS[:, 1:] != segments_BS[:, :-1]
-    starts_T = starts_BS.flatten()
-    # The i-th start writes its position into slot i; what starts nothing goes to a slot that is cut off.
-    slot_T = torch.where(starts_T, starts_T.cumsum(0) - 1, max_segments)
-    ends = torch.full((max_segments + 1,), total, device=segments_BS.device, dtype=torch.int32)
-    ends.scatter_(0, slot_T, torch.arange(total, device=segments_BS.device, dtype=torch.int32))
-    ends[-1] = total
-    return Bounds(ends, longest, causal)
 
 
 def _block_mask(allowed: Callable[..., Tensor], queries: Tensor, num_keys: int) -> BlockMask:

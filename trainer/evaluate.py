@@ -29,8 +29,8 @@ from shared.geometry import Geometry, patchify, unpatchify
 from shared.schema import Pack
 from trainer.config import EvalConfig
 from trainer.data.batch import BatchShape, assemble_batch
-from trainer.models.vlm import VisionLanguageModel
 from trainer.parallel.mesh import World, open_world
+from trainer.parallel.parallelize import ParallelModel
 from trainer.run import load_run_config, restore_model
 
 # Nats per label token, and the number of labels; None is not measurable.
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_run_config(arguments.run, tuple(overrides))
-    with open_world(config.device, config.dtype) as world:
+    with open_world(config.device, config.dtype, config.parallel) as world:
         dataset = open_dataset(config.dataset)
         model, step = restore_model(config, dataset, world)
         values = evaluate_model(model, dataset, config.eval, world)
@@ -85,7 +85,7 @@ def check_split(dataset: DataSet, config: EvalConfig) -> None:
         )
 
 
-def evaluate_model(model: VisionLanguageModel, dataset: DataSet, config: EvalConfig, world: World) -> Values:
+def evaluate_model(model: ParallelModel, dataset: DataSet, config: EvalConfig, world: World) -> Values:
     """loss, loss_wrong_pictures, vision_gain: nats per label token over the first packs of the split.
 
     Every rank calls it and gets the same numbers. Packs are dealt in turn; ranks without one left run on
@@ -94,8 +94,7 @@ def evaluate_model(model: VisionLanguageModel, dataset: DataSet, config: EvalCon
     check_split(dataset, config)
     packs = [dataset.pack(config.split, i) for i in range(min(config.packs, dataset.num_packs(config.split)))]
     donors = deal_wrong_pictures(dataset, config.split, packs)
-    training = model.training
-    model.eval()
+    [part] = model.parts
     loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     labels = 0
     shape = BatchShape(
@@ -116,8 +115,7 @@ def evaluate_model(model: VisionLanguageModel, dataset: DataSet, config: EvalCon
             spans = [dataset.document_spans(config.split, number) for number in own]
             for place, chosen in enumerate(variants):
                 batch = assemble_batch(chosen, spans, shape).to(world.device)
-                loss_sums[place] += model(batch).double().sum()
-    model.train(training)
+                loss_sums[place] += part(batch).double().sum()
     total = world.sum_on_host([labels])[0]
     right_loss, wrong_loss = (world.sum_on_device(loss_sums) / max(1, total)).tolist()
     return {

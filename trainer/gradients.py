@@ -69,7 +69,9 @@ def _replicas(gradient: Tensor, stage_ranks: int) -> int:
     assert all(isinstance(placement, Replicate | Shard) for placement in gradient.placements), (
         f"a gradient that is still to be reduced: {gradient.placements}"
     )
-    copies = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_replicate()]
+    copies = [
+        mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_replicate()
+    ]
     return stage_ranks // mesh.size() * math.prod(copies)
 
 

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from shared.config import require_at_least
 from shared.files import atomic_path
+from trainer.data.counts import Counts
 from trainer.data.order import Imbalance
+from trainer.gradients import total_norm
 from trainer.parallel.mesh import World
 
 ROWS = "metrics.jsonl"
@@ -48,36 +50,40 @@ class StepStats:
 
     step: int
     """Steps finished, this one included."""
-    loss: Tensor
-    """This rank's share of the loss; the sum over ranks is nats per label token."""
-    grad_norm: Tensor
+    source_nll: Tensor
+    """float32 [sources]: this rank's share; the sum over ranks is the nll of the global batch, in nats."""
+    part_norms: Tensor
+    """float32 [parts]: gradient norms of encoder, projector and decoder, before clipping."""
+    skipped: Tensor
+    """1 where the guard let the step change nothing."""
+    guard_counts: Tensor
+    """int64 [3]: updates done, steps skipped, of them in a row."""
     lr: float
-    labels: int
-    tokens: int
-    patches: int
+    counts: Counts
+    """Of the global batch."""
     imbalance: Imbalance
     wait_s: float
 
 
 def read_rows(pending: Sequence[StepStats], seconds: float, world: World) -> list[dict[str, Any]]:
     """Rows of the steps of one interval that took `seconds`. All ranks call it; the device is read once."""
-    loss = world.sum_on_device(torch.stack([stats.loss for stats in pending]))
-    grad_norm = torch.stack([stats.grad_norm for stats in pending])
+    loss = world.sum_on_device(torch.stack([stats.source_nll.sum() for stats in pending]))
+    grad_norm = torch.stack([total_norm(stats.part_norms) for stats in pending])
     losses, norms = torch.stack([loss, grad_norm]).tolist()
     rates = {
-        "tokens_per_s": sum(stats.tokens for stats in pending) / seconds,
-        "patches_per_s": sum(stats.patches for stats in pending) / seconds,
+        "tokens_per_s": sum(stats.counts.tokens for stats in pending) / seconds,
+        "patches_per_s": sum(stats.counts.patches for stats in pending) / seconds,
         "step_s": seconds / len(pending),
     }
     return [
         {
             "step": stats.step,
-            "loss": losses[i],
+            "loss": losses[i] / max(1, stats.counts.labels),
             "grad_norm": norms[i],
             "lr": stats.lr,
-            "labels": stats.labels,
-            "tokens": stats.tokens,
-            "patches": stats.patches,
+            "labels": stats.counts.labels,
+            "tokens": stats.counts.tokens,
+            "patches": stats.counts.patches,
             "cost_imbalance": stats.imbalance.step,
             "cost_imbalance_microbatch": stats.imbalance.microbatch,
             "data_wait_s": stats.wait_s,

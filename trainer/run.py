@@ -23,9 +23,12 @@ from shared.errors import UserError
 from shared.files import atomic_path, lock_directory, read_json, write_json
 from trainer.checkpoint import complete_checkpoints, load_checkpoint
 from trainer.config import RunConfig
-from trainer.models.vlm import VisionLanguageModel, check_fit
+from trainer.models.vlm import check_fit
+from trainer.optim import freeze
+from trainer.parallel.check import check_layout
 from trainer.parallel.mesh import World
-from trainer.parallel.parallelize import build_model
+from trainer.parallel.parallelize import ParallelModel, build_model
+from trainer.parallel.pipeline import Microbatches
 
 # What a resumed run may change, keys or whole sections: none of it says what is learned, or from what.
 MAY_CHANGE = {
@@ -36,7 +39,7 @@ MAY_CHANGE = {
         "start",
     ),  # where things are; run.json knows which data, and in which shares
     *("steps", "checkpoint", "eval", "log", "profile"),  # how long it trains, what it keeps and reports
-    *("device", "parallel", "memory", "compile", "attention", "decode_threads", "batch.packs_per_microbatch"),
+    *("device", "parallel", "compute", "decode_threads", "batch.packs_per_microbatch"),
 }
 # The sections that say what the weights compute.
 MODEL_SECTIONS = ("encoder", "projector", "decoder")
@@ -175,18 +178,41 @@ def check_model(config: RunConfig, dataset: DataSet) -> None:
     check_fit(config.model, dataset.geometry, dataset.budget, dataset.tokens.vocabulary_size)
 
 
-def new_model(config: RunConfig, dataset: DataSet, world: World) -> VisionLanguageModel:
+def new_model(config: RunConfig, dataset: DataSet, world: World) -> ParallelModel:
     """The initialized model of a config, checked against the data set."""
     check_model(config, dataset)
-    return build_model(config.model, dataset.geometry, world, dtype=config.dtype, seed=config.seed)
+    batch, dtype = config.batch, config.dtype
+    try:
+        accumulation = batch.accumulation(world.dp_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    device = world.device.type
+    check_layout(
+        config.model, config.parallel, config.compute, dataset.budget,
+        device=device, dtype=dtype, accumulation=accumulation,
+    )  # fmt: skip
+    return build_model(
+        config.model,
+        dataset.geometry,
+        world,
+        dtype=dtype,
+        seed=config.seed,
+        parallel=config.parallel,
+        compute=config.compute,
+        microbatches=Microbatches(
+            budget=dataset.budget, packs=batch.packs_per_microbatch, count=accumulation
+        ),
+        z_loss=config.z_loss,
+        prepare=lambda parts: freeze(parts, config.trained),
+    )
 
 
-def restore_model(config: RunConfig, dataset: DataSet, world: World) -> tuple[VisionLanguageModel, int]:
+def restore_model(config: RunConfig, dataset: DataSet, world: World) -> tuple[ParallelModel, int]:
     """The model of the newest checkpoint of `config.out`, and its number of finished steps."""
     checkpoint = newest_checkpoint(Path(config.out))
     check_meaning(Path(config.out), dataset)
     model = new_model(config, dataset, world)
-    return model, load_checkpoint(checkpoint, [model], None, world)["step"]
+    return model, load_checkpoint(checkpoint, model.parts, None, world)["step"]
 
 
 def _model_keys(config: RunConfig) -> dict[str, Any]:

@@ -13,8 +13,51 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import Batch
+from trainer.data.counts import Counts
+from trainer.data.loader import Step
+from trainer.gradients import clip_gradients, total_norm
+from trainer.guard import Guard, update_weights
+from trainer.metrics import StepStats
 from trainer.parallel.mesh import World
 from trainer.parallel.parallelize import ParallelModel
+
+
+def train_step(
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    step: Step,
+    world: World,
+    *,
+    lr: float,
+    max_grad_norm: float,
+) -> StepStats:
+    """Train on this rank's part of one global batch. Every rank calls it; nothing is read from the device."""
+    counts = sum_counts(step.counts, world)
+    source_nll = forward_backward(
+        model, step.microbatches, world,
+        num_labels=counts.labels, num_sources=len(counts.labels_per_source),
+    )  # fmt: skip
+    part_norms = clip_gradients(model.parts, world, max_grad_norm)
+    skipped = guard.judge(total_norm(part_norms))
+    update_weights(optimizer, lr, skipped)
+    return StepStats(
+        step=step.index + 1,
+        source_nll=source_nll,
+        part_norms=part_norms,
+        skipped=skipped,
+        guard_counts=guard.counts,
+        lr=lr,
+        counts=counts,
+        imbalance=step.imbalance,
+        wait_s=step.wait_s,
+    )
+
+
+def sum_counts(counts: Counts, world: World) -> Counts:
+    """Of the global batch, from those of this data-parallel rank."""
+    own = counts.to_list()
+    return Counts.from_list(world.sum_on_host(own if world.is_counting else [0] * len(own)))
 
 
 def forward_backward(

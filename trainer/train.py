@@ -25,10 +25,11 @@ from trainer.config import RunConfig
 from trainer.data.loader import Loader
 from trainer.data.order import packs_of_step
 from trainer.evaluate import Values, check_split, describe, evaluate_model
+from trainer.guard import Guard
 from trainer.metrics import Console, Reporter, first_diverged, is_finite
-from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import lr_factor, make_optimizer
 from trainer.parallel.mesh import World, open_world
+from trainer.parallel.parallelize import ParallelModel
 from trainer.run import (
     check_model,
     checkpoint_directory,
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(RunConfig, arguments.config, overrides)
-    with open_world(config.device, config.dtype) as world:
+    with open_world(config.device, config.dtype, config.parallel) as world:
         result = train(config, world)
         if arguments.json and world.is_main:
             print(json.dumps(result, allow_nan=False), flush=True)
@@ -94,8 +95,9 @@ def check_config(config: RunConfig, dataset: DataSet, world: World) -> None:
 class Run:
     """What a run needs on this rank, ready at `start_step` finished steps."""
 
-    model: VisionLanguageModel
+    model: ParallelModel
     optimizer: torch.optim.Optimizer
+    guard: Guard
     loader: Loader
     start_step: int
     planned_steps: int
@@ -106,10 +108,12 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
     """Build the model, and load the newest checkpoint of the run directory if there is one."""
     checkpoint = find_checkpoint(config, dataset.identity)
     model = new_model(config, dataset, world)
-    optimizer = make_optimizer(model, config.optimizer)
+    optimizer, guard = make_optimizer(model.parts, config.optimizer), Guard(config.guard, world.device)
     start_step, planned_steps = 0, config.steps
     if checkpoint is not None:
-        start_step = load_checkpoint(checkpoint, [model], optimizer, world)["step"]
+        extra = guard.state_dict()
+        start_step = load_checkpoint(checkpoint, model.parts, optimizer, world, extra)["step"]
+        guard.load_state_dict(extra)
         planned_steps = load_run_config(Path(config.out)).steps
     world.barrier()  # before the config that all have read is written over
     if world.is_main:
@@ -127,10 +131,13 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
         device=world.device,
         start_step=start_step,
         decode_threads=config.decode_threads,
+        row_part=world.vision_parts,
+        frames_per_row=config.encoder.frames_per_row,
     )
     return Run(
         model=model,
         optimizer=optimizer,
+        guard=guard,
         loader=loader,
         start_step=start_step,
         planned_steps=planned_steps,
@@ -151,7 +158,8 @@ def train_loop(
     for finished in range(run.start_step + 1, config.steps + 1):
         lr = config.optimizer.lr * lr_factor(finished - 1, config.steps, config.schedule)
         clip = config.optimizer.max_grad_norm
-        reporter.add(train_step(run.model, run.optimizer, next(steps), world, lr=lr, max_grad_norm=clip))
+        step = next(steps)
+        reporter.add(train_step(run.model, run.optimizer, run.guard, step, world, lr=lr, max_grad_norm=clip))
         last = finished == config.steps
         stopping, failing = world.sum_on_host([stop.wanted, checkpointer.failed])
         if failing:
@@ -165,7 +173,7 @@ def train_loop(
         if evaluate:  # first: a checkpoint that is resumed from has its evaluation behind it
             result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, finished)
         if save:
-            checkpointer.save([run.model], run.optimizer, {"step": finished})
+            checkpointer.save(run.model.parts, run.optimizer, {"step": finished}, run.guard.state_dict())
         if stopping and not last:
             checkpointer.finish()
             raise Stopped(
@@ -222,7 +230,8 @@ def evaluate_and_report(
 def describe_run(config: RunConfig, dataset: DataSet, run: Run, world: World) -> list[str]:
     """The derived arithmetic, so that a wrong run is seen before its first step."""
     budget, batch = dataset.budget, config.batch
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in run.model.named_children()}
+    [model] = run.model.parts
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     total = sum(parts.values())
     processes = "one process" if world.mesh is None else f"{world.size} processes, mesh dp={world.dp_size}"
     start = f"resumed after step {run.start_step}" if run.start_step else "from step 0"

@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from shared.geometry import Budget
 from tests.trainer.batches import GEOMETRY, Document, Picture, make_batch, num_labels, tiny_config
 from trainer.data.batch import Batch
-from trainer.models.vlm import ModelConfig
 from trainer.gradients import clip_gradients
+from trainer.models.vlm import ModelConfig
 from trainer.optim import OptimizerConfig, make_optimizer
 from trainer.parallel.mesh import ParallelConfig, World, make_world
-from trainer.parallel.parallelize import ComputeConfig, Microbatches, ParallelModel, build_model
+from trainer.parallel.parallelize import ComputeConfig, ParallelModel, build_model
+from trainer.parallel.pipeline import Microbatches
 from trainer.step import forward, forward_backward
 
 BUDGET = Budget(S=32, N=3, L=16)

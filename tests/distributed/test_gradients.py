@@ -60,9 +60,7 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
 
 
 def world_of(**axes: int) -> World:
-    return make_world(
-        dist.get_rank(), dist.get_world_size(), torch.device("cpu"), ParallelConfig(**axes)
-    )
+    return make_world(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), ParallelConfig(**axes))
 
 
 def one_dimension() -> tuple[World, dict[str, nn.Parameter]]:

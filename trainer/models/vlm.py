@@ -93,7 +93,9 @@ class VisionLanguageModel(nn.Module):
     def embed(self, batch: Batch, masks: Masks) -> Tensor:
         """Token embeddings with the visual tokens in their places: h_BSD."""
         assert self.encoder is not None and self.projector is not None, "only the first stage embeds"
-        assert self.decoder.embed_tokens is not None and masks.encoder is not None, "only the first stage embeds"
+        assert self.decoder.embed_tokens is not None and masks.encoder is not None, (
+            "only the first stage embeds"
+        )
         segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
         z_NLE = self.encoder(
             batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, segments_NL, masks.encoder
@@ -106,12 +108,12 @@ class VisionLanguageModel(nn.Module):
 
     def masks(self, batch: Batch) -> Masks:
         order = None if self.sequence is None else self.sequence.order
-        decoder = document_mask(batch.positions_BS, self.backend, order, batch.max_documents)
+        decoder = document_mask(batch.positions_BS, batch.document_ends, self.backend, order)
         if self.encoder is None:
             return Masks(decoder, None)
         segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
         segments_NX = self.encoder.attention_segments(segments_NL)
-        return Masks(decoder, segment_mask(segments_NX, self.backend, batch.max_segments))
+        return Masks(decoder, segment_mask(segments_NX, batch.frame_ends, self.backend))
 
     def own(self, x_BS: Tensor) -> Tensor:
         """This rank's positions."""

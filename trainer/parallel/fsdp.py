@@ -28,9 +28,7 @@ def shard(
     decoder_mesh, vision_mesh = _mesh(mesh, "dp_shard", "cp"), _mesh(mesh, "dp_shard", "cp", "tp")
     if model.encoder is not None and model.projector is not None:
         for unit in [*model.encoder.layers.values(), model.encoder, model.projector]:
-            fully_shard(
-                unit, mesh=vision_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
-            )
+            fully_shard(unit, mesh=vision_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The embedding, the last norm and the head stay with the root: the head's weight is read by the loss.
     for unit in [*model.decoder.layers.values(), model]:
         fully_shard(unit, mesh=decoder_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)

@@ -210,7 +210,9 @@ def sub_mesh(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
 
 
 @contextmanager
-def open_world(device: str, dtype: str, parallel: ParallelConfig | None = None) -> Generator[World, None, None]:
+def open_world(
+    device: str, dtype: str, parallel: ParallelConfig | None = None
+) -> Generator[World, None, None]:
     """Join the processes that the launcher started; leave them at the end.
 
     Raises:
@@ -221,7 +223,9 @@ def open_world(device: str, dtype: str, parallel: ParallelConfig | None = None) 
     try:
         parallel.sizes(size)
     except ValueError as error:
-        raise UserError(f"[parallel] {error}; start another number with torchrun, or change the axes") from None
+        raise UserError(
+            f"[parallel] {error}; start another number with torchrun, or change the axes"
+        ) from None
     place = _local_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     launched = "WORLD_SIZE" in os.environ
     if not launched and dtype == "float32":

@@ -1,11 +1,11 @@
 """Everything that is done to a model before it has weights, in the one order that works:
 
-    1. pipeline                  takes out the layers of other ranks
-    2. tensor parallelism        replaces parameters by DTensors; must see the plain modules
-    3. context parallelism       hooks: which positions are here, the exchange of keys and values
-    4. activation checkpointing  replaces the forward of each layer
-    5. compile                   compiles each layer with its checkpointing inside
-    6. FSDP                      shards what is left; its hooks stay outside the compiled code
+1. pipeline                  takes out the layers of other ranks
+2. tensor parallelism        replaces parameters by DTensors; must see the plain modules
+3. context parallelism       hooks: which positions are here, the exchange of keys and values
+4. activation checkpointing  replaces the forward of each layer
+5. compile                   compiles each layer with its checkpointing inside
+6. FSDP                      shards what is left; its hooks stay outside the compiled code
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from shared.config import require_at_least
-from shared.geometry import Budget, Geometry
+from shared.geometry import Geometry
 from trainer.attention import Backend
 from trainer.data.batch import Batch
+from trainer.models.decoder import DecoderLayer
 from trainer.models.init import init_parameters
-from trainer.models.vlm import Masks, ModelConfig, VisionLanguageModel
+from trainer.models.vlm import ModelConfig, VisionLanguageModel
 from trainer.parallel.context import SequencePart, gather_rows
 from trainer.parallel.fsdp import shard, sync_gradients
 from trainer.parallel.mesh import ParallelConfig, World, sub_mesh
-from trainer.parallel.pipeline import Pipeline, StageModel, cut_stage, hidden_shape, stage_layers
+from trainer.parallel.pipeline import Microbatches, Pipeline, StageModel, cut_stage, stage_layers
 from trainer.parallel.recompute import Recompute, checkpoint_layer
 from trainer.parallel.tensor import apply_tensor_parallel
 
@@ -53,17 +53,6 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Microbatches:
-    """Sizes that are the same for every microbatch of a run."""
-
-    budget: Budget
-    packs: int
-    """B"""
-    count: int
-    """Per optimizer step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelModel:
     """The parts of the model on this rank, and how a batch goes through them."""
 
@@ -76,8 +65,7 @@ class ParallelModel:
         `loss` is called for each microbatch on the ranks that have the head.
         """
         if self.pipeline is not None:
-            masks = [self._masks(batch) for batch in batches]
-            self.pipeline.run(list(zip(batches, masks, strict=True)), loss, train=train)
+            self._run_pipeline(self.pipeline, batches, loss, train=train)
             return
         [model] = self.parts
         for number, batch in enumerate(batches):
@@ -87,9 +75,20 @@ class ParallelModel:
             if train:
                 share.backward()
 
-    def _masks(self, batch: Batch) -> Masks:
-        """Of all stages here; the first of them has the encoder if any has."""
-        return self.parts[0].masks(batch)
+    def _run_pipeline(self, pipeline: Pipeline, batches: Sequence[Batch], loss: Loss, *, train: bool) -> None:
+        """A schedule has a fixed number of microbatches: the last one stands in for what an evaluation has less."""
+        count = pipeline.num_microbatches
+        for first in range(0, len(batches), count):
+            own = list(batches[first : first + count])
+            assert len(own) == count or not train, "a step has as many microbatches as its schedule"
+            # The masks serve all stages here; the first of them has the encoder if any has.
+            feed = [(batch, self.parts[0].masks(batch)) for batch in own]
+            feed += feed[-1:] * (count - len(own))
+
+            def loss_of(nll_BS: Tensor, number: int, first: int = first, own: list[Batch] = own) -> Tensor:
+                return loss(nll_BS, first + number) if number < len(own) else nll_BS.sum()
+
+            pipeline.run(feed, loss_of, train=train)
 
 
 def build_model(
@@ -146,11 +145,10 @@ def parallelize(
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=parallel.sequence_parallel)
     if mesh is not None and parallel.cp > 1:
         assert microbatches is not None
-        sequence = SequencePart(
-            microbatches.budget.S, world.cp_rank, mesh.get_group("cp"), world.device
-        )
+        sequence = SequencePart(microbatches.budget.S, world.cp_rank, mesh.get_group("cp"), world.device)
         model.sequence = sequence
         for layer in model.decoder.layers.values():
+            assert isinstance(layer, DecoderLayer)
             layer.self_attn.exchange = sequence.exchange
     if mesh is not None and parallel.cp * parallel.tp > 1:
         model.gather_visual = gather_rows(sub_mesh(mesh, "cp", "tp").get_group())
@@ -179,9 +177,5 @@ def _pipeline(
     if parallel.pp == 1:
         return None
     assert microbatches is not None
-    hidden = hidden_shape(
-        microbatches.budget, microbatches.packs, config.decoder.hidden_size, world, parallel
-    )
-    nll = torch.Size((microbatches.packs, microbatches.budget.S // parallel.cp))
     stages = [part for part in parts if isinstance(part, StageModel)]
-    return Pipeline(stages, world, parallel, (hidden, dtype), nll, microbatches.count)
+    return Pipeline(stages, world, parallel, microbatches, width=config.decoder.hidden_size, dtype=dtype)

@@ -10,6 +10,7 @@ in the first; labels in the last) its ranks have loaded themselves: every rank o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,22 +61,42 @@ class StageModel(VisionLanguageModel):
         return super().forward(batch, *h_BSD, masks=masks)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Microbatches:
+    """Sizes that are the same for every microbatch of a run."""
+
+    budget: Budget
+    packs: int
+    """B"""
+    count: int
+    """Per optimizer step."""
+
+
 class Pipeline:
-    """The stages of this rank and their schedule."""
+    """The stages of this rank and their schedule; `width` is D, `dtype` that of hidden states."""
 
     def __init__(
-        self, parts: Sequence[StageModel], world: World, parallel: ParallelConfig, hidden: tuple[torch.Size, torch.dtype],
-        nll: torch.Size, num_microbatches: int,
-    ) -> None:  # fmt: skip
+        self,
+        parts: Sequence[StageModel],
+        world: World,
+        parallel: ParallelConfig,
+        microbatches: Microbatches,
+        *,
+        width: int,
+        dtype: torch.dtype,
+    ) -> None:
         assert world.mesh is not None
-        self.parts, self.num_microbatches = list(parts), num_microbatches
-        h = torch.empty(hidden[0], dtype=hidden[1], device="meta", requires_grad=True)
+        self.parts, self.num_microbatches = list(parts), microbatches.count
+        self.loss: Callable[[Tensor, int], Tensor] | None = None
+        positions = microbatches.budget.S // parallel.cp
+        travelling = positions // (parallel.tp if parallel.sequence_parallel else 1)
         # Shapes are given: torch would find them out by running the model once more.
+        h = torch.empty(microbatches.packs, travelling, width, dtype=dtype, device="meta", requires_grad=True)
+        nll = torch.empty(microbatches.packs, positions, device="meta", requires_grad=True)
         stages: list[Any] = []
         for number, part in enumerate(parts):
             index = world.pp_rank + number * parallel.pp
-            last = index == parallel.num_stages - 1
-            output = torch.empty(nll, device="meta", requires_grad=True) if last else h
+            output = nll if index == parallel.num_stages - 1 else h
             stages.append(
                 PipelineStage(
                     part, index, parallel.num_stages, world.device,
@@ -85,13 +106,13 @@ class Pipeline:
         self.has_loss = stages[-1].is_last
         options: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
         self.schedule: Any = (
-            ScheduleInterleaved1F1B(stages, num_microbatches, **options)
+            ScheduleInterleaved1F1B(stages, microbatches.count, **options)
             if len(stages) > 1
-            else Schedule1F1B(stages[0], num_microbatches, **options)
+            else Schedule1F1B(stages[0], microbatches.count, **options)
         )
-        self.loss: Callable[[Tensor, int], Tensor] = _not_set
 
     def _loss(self, nll_BS: Tensor, microbatch: Tensor) -> Tensor:
+        assert self.loss is not None, "no loss outside `run`"
         return self.loss(nll_BS, int(microbatch))
 
     def run(
@@ -106,25 +127,11 @@ class Pipeline:
         for part in self.parts:
             part.feed = feed
         numbers = torch.arange(len(feed))
-        run = self.schedule.step if train else self.schedule.eval
-        losses: list[Tensor] | None = [] if self.has_loss else None
-        run(microbatch=numbers, target=numbers if self.has_loss else None, losses=losses, **_quiet(train))
+        target, losses = (numbers, []) if self.has_loss else (None, None)
+        if train:
+            self.schedule.step(microbatch=numbers, target=target, losses=losses, return_outputs=False)
+        else:
+            self.schedule.eval(microbatch=numbers, target=target, losses=losses)
+        self.loss = None
         for part in self.parts:
             part.feed = ()
-
-
-def _quiet(train: bool) -> dict[str, Any]:
-    """`eval` returns its outputs in any case."""
-    return {"return_outputs": False} if train else {}
-
-
-def _not_set(nll_BS: Tensor, microbatch: int) -> Tensor:
-    raise AssertionError("no loss outside `run`")
-
-
-def hidden_shape(
-    budget: Budget, packs: int, width: int, world: World, parallel: ParallelConfig
-) -> torch.Size:
-    """What travels between stages on one rank: [B, S / cp (/ tp), D]."""
-    parts = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
-    return torch.Size((packs, budget.S // parts, width))

@@ -1,14 +1,13 @@
 """Activation checkpointing: what backward needs of a layer is kept, or computed again.
 
-    none        everything is kept
-    selective   products and attention are kept, but for products that are wider than their input (gate, up, fc1):
-                those, norms, rotations and activations are computed again
-    full        only the input of the layer is kept; backward costs one more forward
+none        everything is kept
+selective   products and attention are kept, but for products that are wider than their input (gate, up, fc1):
+            those, norms, rotations and activations are computed again
+full        only the input of the layer is kept; backward costs one more forward
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -42,7 +41,7 @@ def checkpoint_layer(layer: nn.Module, mode: Recompute) -> None:
     layer.forward = partial(checkpoint, layer.forward, **options)
 
 
-def _policy(context: Any, operator: Callable[..., Any], *arguments: Any, **options: Any) -> CheckpointPolicy:
+def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     keep = operator in ATTENTIONS or "varlen" in str(operator)
     if operator in PRODUCTS:
         rows, columns = arguments[PRODUCTS[operator]].shape

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from trainer.loss import VocabularyPart, chunked_nll
+from trainer.models.decoder import DecoderLayer
 from trainer.models.vlm import VisionLanguageModel
 
 
@@ -33,14 +34,10 @@ def apply_tensor_parallel(model: VisionLanguageModel, mesh: DeviceMesh, *, seque
     between = Shard(1) if sequence_parallel else Replicate()
     if decoder.embed_tokens is not None:
         # Whole hidden states: visual tokens are put among them before they are divided.
-        plan = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-        parallelize_module(decoder.embed_tokens, mesh, plan)
+        rows = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+        parallelize_module(decoder.embed_tokens, mesh, rows)
         if sequence_parallel:
-            divide = PrepareModuleInput(
-                input_layouts=(Replicate(), None, None), desired_input_layouts=(Shard(1), None, None),
-                use_local_output=True,
-            )  # fmt: skip
-            parallelize_module(decoder, mesh, divide)
+            parallelize_module(decoder, mesh, _first_input(Replicate(), Shard(1)))
     for layer in decoder.layers.values():
         plan: dict[str, Any] = {
             "self_attn.q_proj": ColwiseParallel(),
@@ -51,20 +48,20 @@ def apply_tensor_parallel(model: VisionLanguageModel, mesh: DeviceMesh, *, seque
             "mlp.up_proj": ColwiseParallel(),
             "mlp.down_proj": RowwiseParallel(output_layouts=between),
         }
-        if getattr(layer.self_attn, "q_norm", None) is not None:
+        assert isinstance(layer, DecoderLayer)
+        if layer.self_attn.q_norm is not None:
             # Each rank norms its own heads: the gradient of the one weight is a sum over ranks.
             heads = SequenceParallel(sequence_dim=2, use_local_output=True)
             plan |= {"self_attn.q_norm": heads, "self_attn.k_norm": heads}
         if sequence_parallel:
-            whole = {"use_local_output": True}
             plan |= {
                 "input_layernorm": SequenceParallel(),
-                "self_attn": PrepareModuleInput(
-                    input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None), **whole
-                ),
+                "self_attn": _first_input(Shard(1), Replicate()),
                 "post_attention_layernorm": SequenceParallel(),
-                "mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate(), **whole),
-            }  # fmt: skip
+                "mlp": PrepareModuleInput(
+                    input_layouts=Shard(1), desired_input_layouts=Replicate(), use_local_output=True
+                ),
+            }
         parallelize_module(layer, mesh, plan)
     if decoder.norm is not None:
         if sequence_parallel:
@@ -72,6 +69,13 @@ def apply_tensor_parallel(model: VisionLanguageModel, mesh: DeviceMesh, *, seque
         if decoder.lm_head is not None:
             parallelize_module(decoder.lm_head, mesh, ColwiseParallel())
         model.nll = VocabularyParallelNLL(mesh)
+
+
+def _first_input(here: Placement, wanted: Placement) -> PrepareModuleInput:
+    """Hidden states, the first of three inputs, go from one placement to another."""
+    return PrepareModuleInput(
+        input_layouts=(here, None, None), desired_input_layouts=(wanted, None, None), use_local_output=True
+    )
 
 
 class VocabularyParallelNLL:
