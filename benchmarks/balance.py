@@ -24,7 +24,7 @@ from preprocess.config import CostConfig
 from preprocess.cost import attention_cost, linear_cost
 from preprocess.packing import pack_pieces
 from shared.geometry import Budget
-from trainer.data.order import cost_imbalance, deal_packs, packs_of_step
+from trainer.data.order import cost_imbalance, deal_packs, packs_of_turns
 
 SETTINGS = [(2, 1024, Budget(S=8192, N=1, L=18304)), (1, 256, Budget(S=4096, N=1, L=2500))]
 RANKS, PACKS_PER_RANK = 64, 2
@@ -93,7 +93,9 @@ def ratios(
     """Per step: the largest sum of a rank, and the sum of the largest of each microbatch, to the mean of a rank."""
     per_step, per_microbatch = np.empty(steps), np.empty(steps)
     for step in range(steps):
-        own = costs[packs_of_step(len(costs), RANKS * PACKS_PER_RANK, 0, step)]
+        own = costs[
+            packs_of_turns(len(costs), 0, np.arange(RANKS * PACKS_PER_RANK) + step * RANKS * PACKS_PER_RANK)
+        ]
         table = np.arange(len(own)).reshape(RANKS, PACKS_PER_RANK, 1)
         if dealt:
             table = deal_packs(own, dp_size=RANKS, accumulation=PACKS_PER_RANK, packs_per_microbatch=1)

@@ -29,6 +29,7 @@ from shared.dataset import DataSet, describe_contract, fingerprint_of, open_data
 from shared.files import write_json
 from shared.shard_writer import ShardWriter
 from trainer.data.loader import Loader
+from trainer.data.mixture import single
 
 THREADS = (1, 2)
 Picture = tuple[np.ndarray, int, int, int]  # patches [t*h*w, P], t, h, w
@@ -191,7 +192,7 @@ def store_by(dataset: DataSet, path: Path, codec: str, settings: dict[str, int])
 def loaded_mb_s(path: Path, threads: int) -> float:
     dataset = open_dataset(path)
     loader = Loader(
-        dataset,
+        single(dataset),
         split="train",
         seed=0,
         packs_per_microbatch=1,

@@ -133,6 +133,11 @@ class RunConfig:
         if not self.trained:
             raise ValueError("trained is empty: name what is trained (encoder, projector, decoder)")
         self.schedule.check_length(self.steps)
+        if self.parallel.pp > 1 and self.eval.packs_per_microbatch != self.batch.packs_per_microbatch:
+            raise ValueError(
+                f"eval.packs_per_microbatch {self.eval.packs_per_microbatch} must be batch.packs_per_microbatch "
+                f"{self.batch.packs_per_microbatch} with parallel.pp above 1: a pipeline has one size"
+            )
 
     @property
     def model(self) -> ModelConfig:

@@ -3,46 +3,43 @@
     vision gain = loss(wrong pictures) - loss(right pictures), in nats per label token
 
 A model that ignores pictures has a gain of 0, however low its loss. Where fewer than two documents have
-pictures there is no wrong one to show, and no gain to measure. The wrong picture of an image is one of
-another document, dealt so that its shape is nearest: images sorted by shape, each gets its neighbour's
-picture, resized where the grids differ. So text, placement and number of visual tokens stay the same, and
-only what is seen changes.
+pictures there is no wrong one to show, and no gain to measure; a source without pictures has none either.
+
+    the first packs of the split -> dealt to the ranks in turn -> forward -> sums of nll per source -> all ranks
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from shared.codecs import store_patches
-from shared.dataset import DataSet, open_dataset
 from shared.errors import UserError
-from shared.geometry import Geometry, patchify, unpatchify
 from shared.schema import Pack
-from trainer.config import EvalConfig
-from trainer.data.batch import BatchShape, assemble_batch
+from trainer.config import EvalConfig, RunConfig
+from trainer.data.batch import Batch, BatchShape, assemble_batch
+from trainer.data.counts import Counts, count_packs
+from trainer.data.mixture import Mixture
+from trainer.data.wrong_pictures import Donor, deal_wrong_pictures, owners_of, with_pictures
 from trainer.parallel.mesh import World, open_world
 from trainer.parallel.parallelize import ParallelModel
-from trainer.run import load_run_config, restore_model
+from trainer.run import load_run_config, open_data, restore_model
+from trainer.step import forward
 
-# Nats per label token, and the number of labels; None is not measurable.
+# Nats per label token, and counts of what was evaluated; None is not measurable.
 Values = dict[str, float | None]
 
+Forward = Callable[[Sequence[Batch]], Tensor]
+"""Microbatches -> sums of nll per source, float [sources]; this rank's share, the sum over all ranks is the whole."""
 
-@dataclass(frozen=True, slots=True)
-class Donor:
-    """The picture that takes an image's place: image `image` of pack `pack` of the evaluated packs."""
-
-    pack: int
-    image: int
+HOW_TO_MEASURE = "it takes pictures in two of the evaluated documents; raise --eval.packs"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,126 +53,144 @@ def main(argv: Sequence[str]) -> None:
     arguments, overrides = parser.parse_known_args(argv)
     config = load_run_config(arguments.run, tuple(overrides))
     with open_world(config.device, config.dtype, config.parallel) as world:
-        dataset = open_dataset(config.dataset)
-        model, step = restore_model(config, dataset, world)
-        values = evaluate_model(model, dataset, config.eval, world)
+        data = open_data(config)
+        model, step = restore_model(config, data, world)
+        values = evaluate_model(model, data, config, world)
         if world.is_main:
             for line in [json.dumps({"step": step, **values})] if arguments.json else describe(step, values):
                 print(line)
 
 
 def describe(step: int, values: Values) -> list[str]:
-    if values["vision_gain"] is None:
-        return [
-            f"after step {step}: loss {values['loss']:.4f}",
-            "vision gain not measurable: it takes pictures in two of the evaluated documents; raise --eval.packs",
+    loss, wrong, gain = (values[name] for name in ("loss", "loss_wrong_pictures", "vision_gain"))
+    lines = [f"after step {step}: loss {loss:.4f}", f"vision gain not measurable: {HOW_TO_MEASURE}"]
+    if gain is not None:
+        lines = [
+            f"{lines[0]}, with wrong pictures {wrong:.4f}",
+            f"vision gain {gain:.4f} nats per label token",
         ]
-    return [
-        f"after step {step}: loss {values['loss']:.4f}, with wrong pictures {values['loss_wrong_pictures']:.4f}",
-        f"vision gain {values['vision_gain']:.4f} nats per label token",
-    ]
+    sources = [name.removeprefix("loss/") for name in values if name.startswith("loss/")]
+    for source in sources if len(sources) > 1 else []:
+        of_source, its_gain = values[f"loss/{source}"], values[f"vision_gain/{source}"]
+        if of_source is not None:
+            shown = "" if its_gain is None else f", vision gain {its_gain:.4f}"
+            lines.append(f"  {source}: loss {of_source:.4f}{shown}")
+    return [*lines, f"  of {values['tokens']:,.0f} tokens and {values['images']:,.0f} images"]
 
 
-def check_split(dataset: DataSet, config: EvalConfig) -> None:
+def check_split(data: Mixture, config: EvalConfig) -> None:
     """Refuse at the start of a run what would fail at its end."""
-    if config.split not in dataset.splits:
+    if config.split not in data.splits:
         raise UserError(
-            f"data set {dataset.path}: no split {config.split!r} to evaluate on (it has "
-            f"{', '.join(dataset.splits)}); preprocess with plan.validation_fraction, or set --eval.split"
+            f"data set {', '.join(str(dataset.path) for dataset in data.datasets)}: no split {config.split!r} to "
+            f"evaluate on (it has {', '.join(data.splits)}); preprocess with plan.validation_fraction, or set "
+            f"--eval.split"
         )
 
 
-def evaluate_model(model: ParallelModel, dataset: DataSet, config: EvalConfig, world: World) -> Values:
-    """loss, loss_wrong_pictures, vision_gain: nats per label token over the first packs of the split.
+def evaluate_model(model: ParallelModel, data: Mixture, config: RunConfig, world: World) -> Values:
+    """`evaluate` a model as it is spread over the ranks."""
+    pipelined = model.pipeline is not None
+    return evaluate(
+        lambda batches: forward(model, batches, world, num_sources=len(data.sources)),
+        data,
+        config.eval,
+        world,
+        row_part=world.vision_parts,
+        frames_per_row=config.encoder.frames_per_row,
+        # A schedule has a fixed number of microbatches.
+        microbatches=config.batch.accumulation(world.dp_size) if pipelined else 1,
+    )
 
-    Every rank calls it and gets the same numbers. Packs are dealt in turn; ranks without one left run on
-    padding, so that all run the same number of forwards.
+
+def evaluate(
+    forward: Forward,
+    data: Mixture,
+    config: EvalConfig,
+    world: World,
+    *,
+    row_part: tuple[int, int] = (0, 1),
+    frames_per_row: int | None = None,
+    microbatches: int = 1,
+) -> Values:
+    """Losses in nats per label token over the first packs of the split, in the shares of the mixture.
+
+    Every rank calls it and gets the same numbers. Packs are dealt in turn; ranks without one left run on padding,
+    so that all call `forward` equally often, each time with `microbatches`. For each source: `loss/SOURCE` and
+    `vision_gain/SOURCE`.
     """
-    check_split(dataset, config)
-    packs = [dataset.pack(config.split, i) for i in range(min(config.packs, dataset.num_packs(config.split)))]
-    donors = deal_wrong_pictures(dataset, config.split, packs)
-    [part] = model.parts
-    loss_sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    labels = 0
+    check_split(data, config)
+    numbers = data.first_packs(config.split, config.packs).tolist()
+    packs = [data.pack(config.split, number) for number in numbers]
+    spans = [data.document_spans(config.split, number) for number in numbers]
+    donors = deal_wrong_pictures(packs, spans)
     shape = BatchShape(
         packs=config.packs_per_microbatch,
-        budget=dataset.budget,
-        geometry=dataset.geometry,
-        pad_token=dataset.tokens.pad,
+        budget=data.budget,
+        geometry=data.geometry,
+        pad_token=data.tokens.pad,
+        row_part=row_part,
+        frames_per_row=frames_per_row,
     )
-    step = config.packs_per_microbatch * world.dp_size
-    with torch.no_grad():
-        for first in range(0, len(packs), step):
-            own = range(len(packs))[first : first + step][world.dp_rank :: world.dp_size]
-            right = [packs[number] for number in own]
-            labels += sum(int((pack.labels_S >= 0).sum()) for pack in right)
-            variants = [right]
-            if donors is not None:
-                variants += [[with_pictures(packs[n], packs, donors[n], dataset.geometry) for n in own]]
-            spans = [dataset.document_spans(config.split, number) for number in own]
-            for place, chosen in enumerate(variants):
-                batch = assemble_batch(chosen, spans, shape).to(world.device)
-                loss_sums[place] += part(batch).double().sum()
-    total = world.sum_on_host([labels])[0]
-    right_loss, wrong_loss = (world.sum_on_device(loss_sums) / max(1, total)).tolist()
-    return {
-        "loss": right_loss,
-        "loss_wrong_pictures": None if donors is None else wrong_loss,
-        "vision_gain": None if donors is None else wrong_loss - right_loss,
-        "labels": float(total),
-    }
+    variants = [None] if donors is None else [None, donors]
+    sums_VX = torch.zeros(len(variants), len(data.sources), dtype=torch.float64, device=world.device)
+    for wrong, sums_X in zip(variants, sums_VX, strict=True):
+        for dealt in _deal_in_turn(len(packs), shape.packs, microbatches, world):
+            batches = [_assemble(chosen, packs, spans, wrong, shape).to(world.device) for chosen in dealt]
+            sums_X += forward(batches)
+    owners = [of_pack["source"][owners_of(pack, of_pack)] for pack, of_pack in zip(packs, spans, strict=True)]
+    return summarize(
+        world.sum_on_device(sums_VX).tolist(),
+        count_packs(packs, spans, len(data.sources)),
+        data.sources,
+        pictured={data.sources[number] for number in np.concatenate(owners).tolist()},
+    )
 
 
-def deal_wrong_pictures(dataset: DataSet, split: str, packs: Sequence[Pack]) -> list[list[Donor]] | None:
-    """For every image of every pack, the next image in order of shape that belongs to another document.
+def _deal_in_turn(
+    num_packs: int, packs_per_microbatch: int, microbatches: int, world: World
+) -> Iterator[list[range]]:
+    """For every call of `forward`, the packs of each of this rank's microbatches."""
+    together = microbatches * packs_per_microbatch * world.dp_size
+    for first in range(0, num_packs, together):
+        own = range(num_packs)[first : first + together][world.dp_rank :: world.dp_size]
+        yield [
+            own[i : i + packs_per_microbatch]
+            for i in range(0, together // world.dp_size, packs_per_microbatch)
+        ]
 
-    None where fewer than two documents have pictures.
+
+def _assemble(
+    chosen: range,
+    packs: Sequence[Pack],
+    spans: Sequence[npt.NDArray[Any]],
+    wrong: Sequence[Sequence[Donor]] | None,
+    shape: BatchShape,
+) -> Batch:
+    shown = [packs[n] for n in chosen]
+    if wrong is not None:
+        rows = [shape.rows_of_pack(b) for b in range(len(chosen))]
+        own = zip(shown, chosen, rows, strict=True)
+        shown = [with_pictures(pack, packs, wrong[n], shape.geometry, own_rows) for pack, n, own_rows in own]
+    return assemble_batch(shown, [spans[n] for n in chosen], shape)
+
+
+def summarize(
+    sums: Sequence[Sequence[float]], counts: Counts, sources: Sequence[str], *, pictured: set[str]
+) -> Values:
+    """Values of the sums of nll per source, with the right pictures and, where there are any, with wrong ones.
+
+    `pictured`: sources with pictures.
     """
-    owner: dict[tuple[int, int], tuple[int, int]] = {}
-    for p, pack in enumerate(packs):
-        starts = [document.start for document in dataset.documents(split, p)]
-        documents = np.searchsorted(starts, pack.images["token_start"], side="right") - 1
-        owner |= {(p, i): (p, document) for i, document in enumerate(documents.tolist())}
-    if len(set(owner.values())) < 2:
-        return None
-
-    def shape(place: tuple[int, int]) -> tuple[float, ...]:
-        image = packs[place[0]].images[place[1]]
-        t, h, w = int(image["t"]), int(image["h"]), int(image["w"])
-        return (t, h / w, h * w, *place)
-
-    ordered = sorted(owner, key=shape)
-    donors = [[Donor(p, i) for i in range(len(pack.images))] for p, pack in enumerate(packs)]
-    for rank, place in enumerate(ordered):
-        following = (ordered[(rank + step) % len(ordered)] for step in range(1, len(ordered)))
-        chosen = next(other for other in following if owner[other] != owner[place])
-        donors[place[0]][place[1]] = Donor(*chosen)
-    return donors
-
-
-def with_pictures(pack: Pack, packs: Sequence[Pack], donors: Sequence[Donor], geometry: Geometry) -> Pack:
-    """The same pack with other pictures in the places of its own."""
-    blobs = [
-        _fitted_patches(packs[donor.pack], donor.image, pack.images[place], geometry)
-        for place, donor in enumerate(donors)
-    ]
-    patches_XP = np.concatenate([np.empty((0, geometry.values_per_patch), np.uint8), *blobs])
-    images = pack.images.copy()
-    stored = store_patches(patches_XP, images, encode=None)
-    return dataclasses.replace(pack, stored=stored, images=images, decoder=None)
-
-
-def _fitted_patches(donor: Pack, image: int, slot: np.void, geometry: Geometry) -> npt.NDArray[np.uint8]:
-    """The donor's picture as patches of the slot's grid, uint8 [t*h*w, P]; frames repeat if there are fewer."""
-    patches_XP = donor.read_image(image)
-    size, wanted = ([int(entry[name]) for name in ("t", "h", "w")] for entry in (donor.images[image], slot))
-    if size == wanted:
-        return patches_XP
-    frames_thwc = unpatchify(patches_XP, size[0], size[1], size[2], geometry)
-    num_frames = wanted[0] * geometry.temporal_patch_size
-    frames_thwc = frames_thwc[np.arange(num_frames) % len(frames_thwc)]
-    pixels = torch.from_numpy(frames_thwc).permute(0, 3, 1, 2)
-    sides = (wanted[1] * geometry.patch_size, wanted[2] * geometry.patch_size)
-    resized = torch.nn.functional.interpolate(pixels, size=sides, mode=geometry.filter, antialias=True)
-    view = patchify(resized.permute(0, 2, 3, 1).numpy(), geometry)
-    return np.ascontiguousarray(view).reshape(-1, geometry.values_per_patch)
+    losses = [sum(variant) / max(1, counts.labels) for variant in sums]
+    values: Values = {
+        "loss": losses[0],
+        "loss_wrong_pictures": losses[1] if len(losses) > 1 else None,
+        "vision_gain": losses[1] - losses[0] if len(losses) > 1 else None,
+    }
+    for source, labels, *nll in zip(sources, counts.labels_per_source.tolist(), *sums, strict=True):
+        losses = [value / labels for value in nll] if labels else []
+        values[f"loss/{source}"] = losses[0] if losses else None
+        measurable = len(losses) > 1 and source in pictured
+        values[f"vision_gain/{source}"] = losses[1] - losses[0] if measurable else None
+    return values | {name: float(getattr(counts, name)) for name in ("labels", "tokens", "images")}

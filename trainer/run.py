@@ -18,11 +18,11 @@ from typing import Any
 from torch import nn
 
 from shared.config import load_config, to_dict, to_toml
-from shared.dataset import DataSet
 from shared.errors import UserError
 from shared.files import atomic_path, lock_directory, read_json, write_json
 from trainer.checkpoint import complete_checkpoints, load_checkpoint
 from trainer.config import RunConfig
+from trainer.data.mixture import Mixture, open_mixture
 from trainer.models.vlm import check_fit
 from trainer.optim import freeze
 from trainer.parallel.check import check_layout
@@ -90,18 +90,27 @@ def find_checkpoint(config: RunConfig, data: str) -> Path | None:
     return checkpoints[-1]
 
 
-def load_start(
-    run: Path, config: RunConfig, dataset: DataSet, parts: Sequence[nn.Module], world: World
-) -> Path:
-    """Weights to start from: the model of the newest checkpoint of another run, all of it; returns which.
-
-    The optimizer and the order of data start anew, and what is trained may be something else.
+def load_start(config: RunConfig, data: Mixture, parts: Sequence[nn.Module], world: World) -> list[str]:
+    """Load the weights of `[start]` into a new model; returns what to tell of it, a line each.
 
     Raises:
-        UserError: the models, or what their tokens and patches mean, are not the same; names what differs.
+        UserError: they do not fit; names what differs.
+    """
+    if not config.start.run:
+        return []
+    checkpoint = _load_run(Path(config.start.run), config, data, parts, world)
+    return [f"start     weights of {checkpoint}"]
+
+
+def _load_run(
+    run: Path, config: RunConfig, data: Mixture, parts: Sequence[nn.Module], world: World
+) -> Path:
+    """The model of the newest checkpoint of another run, all of it; returns which.
+
+    The optimizer and the order of data start anew, and what is trained may be something else.
     """
     checkpoint = newest_checkpoint(run)
-    check_meaning(run, dataset)
+    check_meaning(run, data)
     old, new = (_model_keys(each) for each in (load_run_config(run), config))
     if changed := [line for _, line in _changes(old, new)]:
         raise UserError(
@@ -120,25 +129,24 @@ def newest_checkpoint(run: Path) -> Path:
     return checkpoints[-1]
 
 
-def write_run(config: RunConfig, dataset: DataSet, data: str) -> None:
-    """Write config.toml and run.json. Only rank 0 calls it, after `find_checkpoint`.
-
-    `dataset` is one of those trained on: they agree in their tokens and geometry.
-    """
+def write_run(config: RunConfig, data: Mixture) -> None:
+    """Write config.toml and run.json. Only rank 0 calls it, after `find_checkpoint`."""
     out = Path(config.out)
     with atomic_path(out / "config.toml") as temporary:
         temporary.write_text(to_toml(config), encoding="utf-8")
     write_json(
         out / "run.json",
-        {
-            "data": data,
-            "tokens": dataset.manifest["tokens"],
-            "geometry": dataset.manifest["geometry"],
-        },
+        {"data": data.identity, **_meaning(data)},
     )
 
 
-def check_meaning(out: Path, dataset: DataSet) -> None:
+def _meaning(data: Mixture) -> dict[str, Any]:
+    """What token ids and patch values mean: the data sets of a mixture agree in it."""
+    manifest = data.datasets[0].manifest
+    return {"tokens": manifest["tokens"], "geometry": manifest["geometry"]}
+
+
+def check_meaning(out: Path, data: Mixture) -> None:
     """Refuse a data set whose token ids or patch values mean something else than those the run learned.
 
     S, N, L, the sizes of pictures and the samples may be others.
@@ -147,13 +155,11 @@ def check_meaning(out: Path, dataset: DataSet) -> None:
         UserError: names what differs.
     """
     run = _read_run(out)
-    old, new = (
-        _flat({name: each[name] for name in ("tokens", "geometry")}) for each in (run, dataset.manifest)
-    )
+    old, new = (_flat({name: each[name] for name in ("tokens", "geometry")}) for each in (run, _meaning(data)))
     different = [line for name, line in _changes(old, new) if name.partition(".")[2] not in SIZES]
     if different:
         raise UserError(
-            f"run {out} was trained with other tokens or patches than data set {dataset.path}: "
+            f"run {out} was trained with other tokens or patches than {', '.join(str(dataset.path) for dataset in data.datasets)}: "
             f"{', '.join(different)}; preprocess the data again with the tokenizer and geometry of the run"
         )
 
@@ -173,45 +179,60 @@ def load_run_config(out: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     return load_config(RunConfig, out / "config.toml", (*overrides, "--out", str(out)))
 
 
-def check_model(config: RunConfig, dataset: DataSet) -> None:
-    """Refuse a model that cannot read the data set."""
-    check_fit(config.model, dataset.geometry, dataset.budget, dataset.tokens.vocabulary_size)
+def open_data(config: RunConfig) -> Mixture:
+    """The data sets of a config, opened and checked against each other."""
+    if config.dataset:
+        return open_mixture({"": (config.dataset, 1.0)})
+    return open_mixture({name: (entry.path, entry.weight) for name, entry in config.mixture.items()})
 
 
-def new_model(config: RunConfig, dataset: DataSet, world: World) -> ParallelModel:
-    """The initialized model of a config, checked against the data set."""
-    check_model(config, dataset)
-    batch, dtype = config.batch, config.dtype
+def check_model(config: RunConfig, data: Mixture, world: World) -> None:
+    """Refuse a model that cannot read the data, or cannot be spread over the ranks."""
+    check_fit(config.model, data.geometry, data.budget, data.tokens.vocabulary_size)
+    check_layout(
+        config.model,
+        config.parallel,
+        config.compute,
+        data.budget,
+        device=world.device.type,
+        dtype=config.dtype,
+        accumulation=_accumulation(config, world),
+    )
+
+
+def _accumulation(config: RunConfig, world: World) -> int:
     try:
-        accumulation = batch.accumulation(world.dp_size)
+        return config.batch.accumulation(world.dp_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    device = world.device.type
-    check_layout(
-        config.model, config.parallel, config.compute, dataset.budget,
-        device=device, dtype=dtype, accumulation=accumulation,
-    )  # fmt: skip
+
+
+def new_model(config: RunConfig, data: Mixture, world: World) -> ParallelModel:
+    """The initialized model of a config, checked against the data."""
+    check_model(config, data, world)
     return build_model(
         config.model,
-        dataset.geometry,
+        data.geometry,
         world,
-        dtype=dtype,
+        dtype=config.dtype,
         seed=config.seed,
         parallel=config.parallel,
         compute=config.compute,
         microbatches=Microbatches(
-            budget=dataset.budget, packs=batch.packs_per_microbatch, count=accumulation
+            budget=data.budget,
+            packs=config.batch.packs_per_microbatch,
+            count=_accumulation(config, world),
         ),
         z_loss=config.z_loss,
         prepare=lambda parts: freeze(parts, config.trained),
     )
 
 
-def restore_model(config: RunConfig, dataset: DataSet, world: World) -> tuple[ParallelModel, int]:
+def restore_model(config: RunConfig, data: Mixture, world: World) -> tuple[ParallelModel, int]:
     """The model of the newest checkpoint of `config.out`, and its number of finished steps."""
     checkpoint = newest_checkpoint(Path(config.out))
-    check_meaning(Path(config.out), dataset)
-    model = new_model(config, dataset, world)
+    check_meaning(Path(config.out), data)
+    model = new_model(config, data, world)
     return model, load_checkpoint(checkpoint, model.parts, None, world)["step"]
 
 

@@ -1,6 +1,6 @@
 """`python -m trainer train CONFIG [--key value ...]`: from a data set to a trained model.
 
-    for step in loader:   train_step -> [checkpoint] -> [evaluate] -> [rows to console, JSONL, TensorBoard]
+    for step in loader:   train_step -> [evaluate] -> [checkpoint] -> [rows to console, JSONL, TensorBoard]
 
 A run whose directory holds a complete checkpoint goes on from it by itself. The order of data is a function
 of (seed, epoch, step), so the number of finished steps is all there is to resume.
@@ -18,17 +18,16 @@ from typing import Any
 import torch
 
 from shared.config import load_config
-from shared.dataset import DataSet, open_dataset
 from shared.errors import UserError
 from trainer.checkpoint import Checkpointer, load_checkpoint, remove_incomplete
 from trainer.config import RunConfig
 from trainer.data.loader import Loader
-from trainer.data.order import packs_of_step
+from trainer.data.mixture import Mixture
 from trainer.evaluate import Values, check_split, describe, evaluate_model
 from trainer.guard import Guard
 from trainer.metrics import Console, Reporter, first_diverged, is_finite
 from trainer.optim import lr_factor, make_optimizer
-from trainer.parallel.mesh import World, open_world
+from trainer.parallel.mesh import AXES, World, open_world
 from trainer.parallel.parallelize import ParallelModel
 from trainer.run import (
     check_model,
@@ -36,7 +35,9 @@ from trainer.run import (
     find_checkpoint,
     hold_run,
     load_run_config,
+    load_start,
     new_model,
+    open_data,
     write_run,
 )
 from trainer.signals import Stopped, StopRequest, listen
@@ -57,13 +58,12 @@ def main(argv: Sequence[str]) -> None:
 
 def train(config: RunConfig, world: World) -> dict[str, Any]:
     """Train, or go on training, until `config.steps`; returns what the last step and evaluation measured."""
-    dataset = open_dataset(config.dataset)
-    check_config(config, dataset, world)
+    data = open_data(config)
+    check_split(data, config.eval)
+    check_model(config, data, world)
     with listen() as stop, hold_run(Path(config.out), world):
-        run = start_run(config, dataset, world)
         console = Console(enabled=world.is_main)
-        for line in describe_run(config, dataset, run, world):
-            console.print(line)
+        run = start_run(config, data, world, console)
         reporter = Reporter(
             Path(config.out),
             world,
@@ -75,20 +75,10 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         directory = checkpoint_directory(Path(config.out))
         try:
             with Checkpointer(directory, world, keep=config.checkpoint.keep) as checkpointer:
-                return train_loop(config, dataset, run, world, reporter, checkpointer, stop)
+                return train_loop(config, run, world, reporter, checkpointer, stop)
         finally:
             run.loader.close()
             reporter.close()
-
-
-def check_config(config: RunConfig, dataset: DataSet, world: World) -> None:
-    """Refuse what does not fit before anything is made."""
-    check_split(dataset, config.eval)
-    check_model(config, dataset)
-    try:
-        config.batch.accumulation(world.dp_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,16 +88,17 @@ class Run:
     model: ParallelModel
     optimizer: torch.optim.Optimizer
     guard: Guard
+    data: Mixture
     loader: Loader
     start_step: int
     planned_steps: int
     """`steps` of the config that the run was started or last resumed with."""
 
 
-def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
-    """Build the model, and load the newest checkpoint of the run directory if there is one."""
-    checkpoint = find_checkpoint(config, dataset.identity)
-    model = new_model(config, dataset, world)
+def start_run(config: RunConfig, data: Mixture, world: World, console: Console) -> Run:
+    """Build the model, and load the newest checkpoint of the run directory, or the weights to start from."""
+    checkpoint = find_checkpoint(config, data.identity)
+    model = new_model(config, data, world)
     optimizer, guard = make_optimizer(model.parts, config.optimizer), Guard(config.guard, world.device)
     start_step, planned_steps = 0, config.steps
     if checkpoint is not None:
@@ -115,13 +106,16 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
         start_step = load_checkpoint(checkpoint, model.parts, optimizer, world, extra)["step"]
         guard.load_state_dict(extra)
         planned_steps = load_run_config(Path(config.out)).steps
+    else:
+        for line in load_start(config, data, model.parts, world):
+            console.print(line)
     world.barrier()  # before the config that all have read is written over
     if world.is_main:
-        write_run(config, dataset, dataset.identity)
+        write_run(config, data)
         remove_incomplete(checkpoint_directory(Path(config.out)))
     world.barrier()
     loader = Loader(
-        dataset,
+        data,
         split="train",
         seed=config.seed,
         packs_per_microbatch=config.batch.packs_per_microbatch,
@@ -134,19 +128,22 @@ def start_run(config: RunConfig, dataset: DataSet, world: World) -> Run:
         row_part=world.vision_parts,
         frames_per_row=config.encoder.frames_per_row,
     )
-    return Run(
+    run = Run(
         model=model,
         optimizer=optimizer,
         guard=guard,
+        data=data,
         loader=loader,
         start_step=start_step,
         planned_steps=planned_steps,
     )
+    for line in describe_run(config, run, world):
+        console.print(line)
+    return run
 
 
 def train_loop(
     config: RunConfig,
-    dataset: DataSet,
     run: Run,
     world: World,
     reporter: Reporter,
@@ -154,24 +151,27 @@ def train_loop(
     stop: StopRequest,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"run": config.out, "steps": max(run.start_step, config.steps)}
+    clip, peak = config.optimizer.max_grad_norm, config.optimizer.lr
     steps = iter(run.loader)
     for finished in range(run.start_step + 1, config.steps + 1):
-        lr = config.optimizer.lr * lr_factor(finished - 1, config.steps, config.schedule)
-        clip = config.optimizer.max_grad_norm
+        lr = peak * lr_factor(finished - 1, config.steps, config.schedule)
         step = next(steps)
-        reporter.add(train_step(run.model, run.optimizer, run.guard, step, world, lr=lr, max_grad_norm=clip))
+        reporter.add(
+            train_step(run.model, run.optimizer, run.guard, step, world, lr=lr, max_grad_norm=clip)
+        )
         last = finished == config.steps
+        # Ranks learn of a signal or a failed writer at different times: they act on it after the same step.
         stopping, failing = world.sum_on_host([stop.wanted, checkpointer.failed])
         if failing:
             checkpointer.finish()
         save = last or stopping > 0 or finished % config.checkpoint.every == 0
-        evaluate = last or (config.eval.every > 0 and finished % config.eval.every == 0)
-        if save or evaluate or finished % config.log.every == 0:
+        evaluation = last or (config.eval.every > 0 and finished % config.eval.every == 0)
+        if save or evaluation or finished % config.log.every == 0:
             rows = reporter.flush()
             check_rows(rows, config, run)  # before a checkpoint keeps what went wrong
             result["train"] = rows[-1]
-        if evaluate:  # first: a checkpoint that is resumed from has its evaluation behind it
-            result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, finished)
+        if evaluation:  # first: a checkpoint that is resumed from has its evaluation behind it
+            result["eval"] = evaluate_and_report(config, run, world, reporter, finished)
         if save:
             checkpointer.save(run.model.parts, run.optimizer, {"step": finished}, run.guard.state_dict())
         if stopping and not last:
@@ -180,10 +180,10 @@ def train_loop(
                 f"stopped after step {finished} of {config.steps} as asked, with a checkpoint; "
                 "the same command goes on from it"
             )
-        if save or evaluate:
+        if save or evaluation:
             reporter.restart_interval()
     if run.start_step >= config.steps:  # asking again for a finished run shows what it reached
-        result["eval"] = evaluate_and_report(config, dataset, run, world, reporter, run.start_step)
+        result["eval"] = evaluate_and_report(config, run, world, reporter, run.start_step)
     return result
 
 
@@ -196,9 +196,8 @@ def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -
     row = first_diverged(rows)
     if row is None:
         return
-    loader, step = run.loader, row["step"]
-    packs = packs_of_step(loader.packs_total, loader.packs_per_step, config.seed, step - 1).tolist()
-    shown = ", ".join(map(str, packs[:8])) + (f" and {len(packs) - 8} more" if len(packs) > 8 else "")
+    step = row["step"]
+    shown = run.data.show_packs("train", run.loader.packs_of_step(step - 1))
     raise UserError(
         f"run {config.out}: diverged at step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, "
         f"learning rate {row['lr']:.2e}; the update before it may be the cause. Try a lower optimizer.lr or a "
@@ -208,14 +207,14 @@ def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -
 
 
 def evaluate_and_report(
-    config: RunConfig, dataset: DataSet, run: Run, world: World, reporter: Reporter, step: int
+    config: RunConfig, run: Run, world: World, reporter: Reporter, step: int
 ) -> Values:
     """Measure, write and print.
 
     Raises:
         UserError: the loss is not finite: the last update ruined the weights.
     """
-    values = evaluate_model(run.model, dataset, config.eval, world)
+    values = evaluate_model(run.model, run.data, config, world)
     reporter.write_evaluation(step, values)
     if not is_finite(values["loss"]):
         raise UserError(
@@ -227,20 +226,29 @@ def evaluate_and_report(
     return values
 
 
-def describe_run(config: RunConfig, dataset: DataSet, run: Run, world: World) -> list[str]:
+def describe_run(config: RunConfig, run: Run, world: World) -> list[str]:
     """The derived arithmetic, so that a wrong run is seen before its first step."""
-    budget, batch = dataset.budget, config.batch
-    [model] = run.model.parts
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    budget, batch = run.data.budget, config.batch
+    names = [name for name, _ in run.model.parts[0].named_children()]
+    parts = {
+        name: sum(p.numel() for model in run.model.parts for p in getattr(model, name).parameters())
+        for name in names
+    }
     total = sum(parts.values())
-    processes = "one process" if world.mesh is None else f"{world.size} processes, mesh dp={world.dp_size}"
+    axes = "" if world.mesh is None else ", mesh " + " x ".join(
+        f"{axis} {world.axis_size(axis)}" for axis in AXES if world.axis_size(axis) > 1 or axis == "dp_shard"
+    )  # fmt: skip
     start = f"resumed after step {run.start_step}" if run.start_step else "from step 0"
     lines = [
-        f"data set  {dataset.path}: {run.loader.packs_total:,} training packs of S {budget.S}, "
-        f"N {budget.N} x L {budget.L}",
+        *(
+            f"data set  {line}"
+            for line in run.data.describe("train", config.steps * config.batch.packs_per_step)
+        ),
+        f"packs     of S {budget.S}, N {budget.N} x L {budget.L}",
         f"model     {total / 1e6:.2f} M parameters: "
         + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()),
-        f"device    {processes} on {world.device.type}, {config.dtype}",
+        f"device    {world.size} {'process' if world.size == 1 else 'processes'} on {world.device.type}, "
+        f"{config.dtype}{axes}",
         f"batch     {batch.packs_per_step} packs = {batch.packs_per_microbatch} per microbatch x "
         f"{batch.accumulation(world.dp_size)} accumulated x {world.dp_size} ranks: room for "
         f"{batch.packs_per_step * budget.S:,} tokens and "

@@ -15,6 +15,7 @@ from tests.trainer.batches import GEOMETRY, Picture, make_batch, num_labels, tin
 from tests.trainer.datasets import write_dataset
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
+from trainer.data.mixture import single
 from trainer.parallel.mesh import open_world
 from trainer.parallel.parallelize import build_model
 
@@ -33,7 +34,7 @@ def test_batches_on_the_device_equal_those_on_the_host(tmp_path: Path, codec: st
     steps: dict[str, list[Batch]] = {}
     for device in ("cpu", "cuda"):
         loader = Loader(
-            open_dataset(path),
+            single(open_dataset(path)),
             split="train",
             seed=0,
             packs_per_microbatch=4,

@@ -20,7 +20,8 @@ from tests.trainer.batches import Document, Picture
 from tests.trainer.datasets import write_dataset
 from trainer.data.batch import Batch, BatchShape, assemble_batch
 from trainer.data.loader import STEPS_AHEAD, Loader, Step
-from trainer.data.order import deal_packs, packs_of_step
+from trainer.data.mixture import single
+from trainer.data.order import deal_packs
 
 BUDGET = Budget(S=16, N=1, L=16)
 PACKS: list[list[Document]] = [[[Picture(2, 2, seed=n), 10 + n], [20 + n]] for n in range(10)]
@@ -31,7 +32,7 @@ def dataset_path(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", {"train": PACKS}, BUDGET)
 
 
-def new_loader(path: Path, *, device: str = "cpu", **settings: int) -> Loader:
+def new_loader(path: Path, *, device: str = "cpu", **settings: Any) -> Loader:
     """Steps from 0 on for one rank, `settings` on top."""
     defaults = {
         "seed": 0,
@@ -42,7 +43,7 @@ def new_loader(path: Path, *, device: str = "cpu", **settings: int) -> Loader:
         "decode_threads": 2,
     }
     merged: dict[str, Any] = {**defaults, "start_step": 0, **settings}
-    return Loader(open_dataset(path), split="train", device=torch.device(device), **merged)
+    return Loader(single(open_dataset(path)), split="train", device=torch.device(device), **merged)
 
 
 def load(
@@ -97,18 +98,28 @@ def test_a_global_batch_is_the_same_packs_on_any_layout(
     assert [sum(of_step, Counter()) for of_step in zip(*parts, strict=True)] == single
 
 
+@pytest.mark.parametrize("row_part", [(0, 2), (1, 2)])
+def test_ranks_of_one_data_rank_share_its_packs_and_its_counts(
+    dataset_path: Path, row_part: tuple[int, int]
+) -> None:
+    settings = {"packs_per_microbatch": 4, "frames_per_row": 1}
+    loaders = [new_loader(dataset_path, row_part=part, **settings) for part in ((0, 1), row_part)]
+    (whole, part) = (next(iter(loader)) for loader in loaders)
+    for loader in loaders:
+        loader.close()
+    assert part.counts.to_list() == whole.counts.to_list()
+    rows = slice(2 * row_part[0], 2 * row_part[0] + 2)
+    (of_part,), (of_whole,) = part.microbatches, whole.microbatches
+    assert torch.equal(of_part.tokens_BS, of_whole.tokens_BS)
+    assert torch.equal(of_part.pixel_values_NLP, of_whole.pixel_values_NLP[rows])
+
+
 def test_counts_are_of_useful_labels_tokens_and_patches(dataset_path: Path) -> None:
     (step,) = load(dataset_path, 1)
     # Per pack: [begin, image, end, text, eos] + [text, eos] = 7 tokens; labels text, eos, eos = 3; 4 patches.
     assert (step.counts.tokens, step.counts.labels, step.counts.patches) == (4 * 7, 4 * 3, 4 * 4)
     assert step.wait_s >= 0
     assert step.imbalance == (1.0, 1.0)  # one rank
-
-
-def test_an_epoch_has_as_many_steps_as_packs_allow(dataset_path: Path) -> None:
-    loader = new_loader(dataset_path, packs_per_microbatch=2, accumulation=2)
-    loader.close()
-    assert (loader.packs_total, loader.packs_per_step, loader.steps_per_epoch) == (10, 4, 2.5)
 
 
 def test_a_missing_shard_is_an_error_in_the_consumer_that_names_it(dataset_path: Path) -> None:
@@ -210,7 +221,7 @@ def test_threads_give_the_batches_that_decoding_in_place_gives(
     steps = load(path, 5, decode_threads=3)
     dataset = open_dataset(path)
     for step in steps:
-        numbers = packs_of_step(10, 4, seed=3, step=step.index)
+        numbers = single(dataset).packs_of_step("train", 4, 3, step.index)
         numbers = numbers[deal_packs(dataset.costs("train", numbers), **ALONE)[0, 0]]
         alone = assemble_batch(
             [dataset.pack("train", number) for number in numbers],

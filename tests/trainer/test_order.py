@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import cost_imbalance, deal_packs, epoch_order, packs_of_step
+from trainer.data.order import Cycle, cost_imbalance, deal_packs, epoch_order, packs_of_turns
+
+
+def packs_of_step(num_packs: int, packs_per_step: int, seed: int, step: int) -> np.ndarray:
+    return packs_of_turns(num_packs, seed, np.arange(step * packs_per_step, (step + 1) * packs_per_step))
 
 
 @pytest.mark.parametrize(("num_packs", "packs_per_step"), [(12, 4), (10, 4), (3, 8), (1, 1)])
@@ -29,6 +33,26 @@ def test_the_order_does_not_depend_on_what_was_asked_before() -> None:
     for step in range(5):
         packs_of_step(10, 4, 7, step)
     assert packs_of_step(10, 4, 7, 123).tolist() == late.tolist()
+
+
+def test_a_cycle_spreads_the_turns_of_each_data_set_evenly() -> None:
+    cycle = Cycle([3, 1])
+    # The three turns belong at 1/6, 3/6 and 5/6, the one at 1/2, where the first in the list goes first.
+    owners, turns = cycle.turns(np.arange(8))
+    assert owners.tolist() == [0, 0, 1, 0] * 2
+    assert turns.tolist() == [0, 1, 0, 2, 3, 4, 1, 5]
+    assert [cycle.count(length).tolist() for length in (0, 3, 4, 10)] == [[0, 0], [2, 1], [3, 1], [8, 2]]
+    assert cycle.positions(1, 3).tolist() == [2, 6, 10]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 10**9))
+def test_a_cycle_gives_every_data_set_its_share_and_every_turn_once(quotas: list[int], cycles: int) -> None:
+    cycle, size = Cycle(quotas), sum(quotas)
+    owners, turns = cycle.turns(cycles * size + np.arange(2 * size))
+    for owner, quota in enumerate(quotas):
+        assert turns[owners == owner].tolist() == list(range(cycles * quota, (cycles + 2) * quota))
+        shares = np.cumsum(owners == owner) - np.arange(1, 2 * size + 1) * quota / size
+        assert np.abs(shares).max() <= len(quotas) / 2, "no part of the sequence is far from the shares"
 
 
 @given(

@@ -21,7 +21,7 @@ from tests.trainer.batches import GEOMETRY, Picture, make_batch
 from tests.trainer.datasets import TOKENS, assemble, write_dataset
 from trainer import train
 from trainer.__main__ import main
-from trainer.data.order import packs_of_step
+from trainer.data.order import epoch_order
 from trainer.parallel.mesh import open_world
 from trainer.run import load_run_config, restore_model
 
@@ -190,7 +190,7 @@ def test_a_run_that_diverges_ends_at_that_step_before_a_checkpoint_of_it(
     monkeypatch.setattr(train, "train_step", diverging)
     assert main(command) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    packs = ", ".join(map(str, packs_of_step(8, 4, 0, 4)))
+    packs = ", ".join(map(str, epoch_order(8, 0, 2)[:4]))  # positions 16 to 19, in epochs of 8
     assert "diverged at step 5: loss " in error and "lower optimizer.lr" in error
     assert f"(split train: {packs})" in error
     checkpoints = sorted((Path(command[-1]) / "checkpoints").iterdir())

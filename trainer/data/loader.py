@@ -18,10 +18,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from shared.dataset import DataSet
 from trainer.data.batch import Batch, BatchShape, assemble_batch
 from trainer.data.counts import Counts, count_packs
-from trainer.data.order import Imbalance, cost_imbalance, deal_packs, packs_of_step
+from trainer.data.mixture import Mixture
+from trainer.data.order import Imbalance, IntArray, cost_imbalance, deal_packs
 
 # Steps kept ready: one being consumed, one waiting. More only costs memory.
 STEPS_AHEAD = 2
@@ -47,7 +47,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: DataSet,
+        data: Mixture,
         *,
         split: str,
         seed: int,
@@ -61,24 +61,23 @@ class Loader:
         row_part: tuple[int, int] = (0, 1),
         frames_per_row: int | None = None,
     ) -> None:
-        self._dataset, self._split, self._seed = dataset, split, seed
+        self._data, self._split, self._seed = data, split, seed
         self._shape = BatchShape(
             packs=packs_per_microbatch,
-            budget=dataset.budget,
-            geometry=dataset.geometry,
-            pad_token=dataset.tokens.pad,
+            budget=data.budget,
+            geometry=data.geometry,
+            pad_token=data.tokens.pad,
             row_part=row_part,
             frames_per_row=frames_per_row,
         )
         self._accumulation = accumulation
         self._dp_rank, self._dp_size, self._device = dp_rank, dp_size, device
-        self.packs_total = dataset.num_packs(split)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ready: queue.Queue[tuple[Step, torch.cuda.Event | None] | BaseException] = queue.Queue(
             STEPS_AHEAD
         )
-        # None with codec raw: the threads would have nothing to do.
-        self._decoders = None if dataset.codec == "raw" else ThreadPoolExecutor(decode_threads, "decode")
+        # None where all is raw: the threads would have nothing to do.
+        self._decoders = ThreadPoolExecutor(decode_threads, "decode") if data.encoded else None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(start_step,), daemon=True, name="loader")
         self._thread.start()
@@ -88,9 +87,9 @@ class Loader:
         """Packs in one global batch."""
         return self._shape.packs * self._accumulation * self._dp_size
 
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.packs_total / self.packs_per_step
+    def packs_of_step(self, index: int) -> IntArray:
+        """Packs of a global batch, int64 [packs_per_step]."""
+        return self._data.packs_of_step(self._split, self.packs_per_step, self._seed, index)
 
     def __iter__(self) -> Iterator[Step]:
         while True:
@@ -126,8 +125,8 @@ class Loader:
 
     def _load(self, index: int) -> tuple[Step, torch.cuda.Event | None]:
         """Assemble the step and start its copy to the device."""
-        chosen = packs_of_step(self.packs_total, self.packs_per_step, self._seed, index)
-        costs = self._dataset.costs(self._split, chosen)
+        chosen = self.packs_of_step(index)
+        costs = self._data.costs(self._split, chosen)
         table = deal_packs(
             costs,
             dp_size=self._dp_size,
@@ -135,8 +134,8 @@ class Loader:
             packs_per_microbatch=self._shape.packs,
         )
         own = chosen[table[self._dp_rank]].reshape(-1).tolist()
-        packs = [self._dataset.pack(self._split, number) for number in own]
-        spans = [self._dataset.document_spans(self._split, number) for number in own]
+        packs = [self._data.pack(self._split, number) for number in own]
+        spans = [self._data.document_spans(self._split, number) for number in own]
         batches = [
             assemble_batch(
                 packs[first : first + self._shape.packs],
@@ -147,7 +146,7 @@ class Loader:
             )
             for first in range(0, len(own), self._shape.packs)
         ]
-        counts = count_packs(packs, spans, len(self._dataset.sources))
+        counts = count_packs(packs, spans, len(self._data.sources))
         imbalance = cost_imbalance(costs, table)
         if self._copies is None:
             return Step(index, batches, counts, imbalance, wait_s=0.0), None

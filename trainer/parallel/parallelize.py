@@ -65,7 +65,9 @@ class ParallelModel:
         `loss` is called for each microbatch on the ranks that have the head.
         """
         if self.pipeline is not None:
-            self._run_pipeline(self.pipeline, batches, loss, train=train)
+            # Built once: the masks serve all stages here, the first of which has the encoder if any has.
+            feed = [(batch, self.parts[0].masks(batch)) for batch in batches]
+            self.pipeline.run(feed, loss, train=train)
             return
         [model] = self.parts
         for number, batch in enumerate(batches):
@@ -74,21 +76,6 @@ class ParallelModel:
             share = loss(model(batch), number)
             if train:
                 share.backward()
-
-    def _run_pipeline(self, pipeline: Pipeline, batches: Sequence[Batch], loss: Loss, *, train: bool) -> None:
-        """A schedule has a fixed number of microbatches: the last one stands in for what an evaluation has less."""
-        count = pipeline.num_microbatches
-        for first in range(0, len(batches), count):
-            own = list(batches[first : first + count])
-            assert len(own) == count or not train, "a step has as many microbatches as its schedule"
-            # The masks serve all stages here; the first of them has the encoder if any has.
-            feed = [(batch, self.parts[0].masks(batch)) for batch in own]
-            feed += feed[-1:] * (count - len(own))
-
-            def loss_of(nll_BS: Tensor, number: int, first: int = first, own: list[Batch] = own) -> Tensor:
-                return loss(nll_BS, first + number) if number < len(own) else nll_BS.sum()
-
-            pipeline.run(feed, loss_of, train=train)
 
 
 def build_model(
