@@ -25,7 +25,7 @@ from shared.dataset import DataSet, open_dataset
 from shared.geometry import Geometry
 from tests.preprocess.inputs import byte_tokenizer, encode, noise, write_tar
 from tests.preprocess.videos import encode_video, frame_numbers, greys
-from trainer.attention import encoder_mask
+from trainer.attention import segment_mask
 from trainer.data.batch import Batch, BatchShape, assemble_batch
 from trainer.models.siglip2 import Siglip2Config, Siglip2Encoder
 from trainer.models.vision import frame_segments
@@ -263,7 +263,7 @@ def test_the_encoder_sees_a_video_as_its_frames_one_by_one(tmp_path: Path, pt: i
 
     def encoded(batch: Batch) -> torch.Tensor:
         segments = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
-        mask = encoder_mask(batch.image_ids_NL, batch.grid_thw_NL3)
+        mask = segment_mask(segments)
         inputs = batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, segments, mask
         with torch.no_grad():
             return encoder(*inputs)[0, :count]

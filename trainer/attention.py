@@ -78,14 +78,18 @@ class KeyOrder(NamedTuple):
 
 
 def document_mask(
-    positions_BS: Tensor, ends: Tensor, backend: Backend, order: KeyOrder | None = None
+    positions_BS: Tensor,
+    backend: Backend = "sdpa",
+    *,
+    ends: Tensor | None = None,
+    order: KeyOrder | None = None,
 ) -> Mask:
     """Document-causal mask over whole packs. A document begins wherever the position is 0.
 
     `ends` are the borders of documents and padding (`Bounds.ends`), which varlen takes instead of positions.
     """
     if backend == "varlen":
-        assert order is None, "varlen attention has no queries without their keys"
+        assert ends is not None and order is None, "varlen attention has no queries without their keys"
         return Bounds(ends, positions_BS.shape[1], causal=True)
     document_BS = (positions_BS == 0).cumsum(dim=1)
     if order is None:
@@ -103,9 +107,10 @@ def document_mask(
     return _block_mask(allowed, query_BS, key_BS.shape[1])
 
 
-def segment_mask(segments_NX: Tensor, ends: Tensor, backend: Backend) -> Mask:
+def segment_mask(segments_NX: Tensor, backend: Backend = "sdpa", *, ends: Tensor | None = None) -> Mask:
     """Bidirectional mask inside each segment of a row: positions that have the same number see each other."""
     if backend == "varlen":
+        assert ends is not None
         return Bounds(ends, segments_NX.shape[1], causal=False)
     if backend == "sdpa":
         return (segments_NX[:, :, None] == segments_NX[:, None, :]).unsqueeze(1)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from trainer.optim import PARTS
 from trainer.parallel.mesh import World
@@ -66,9 +66,7 @@ def _replicas(gradient: Tensor, stage_ranks: int) -> int:
     if not isinstance(gradient, DTensor):
         return stage_ranks
     mesh = gradient.device_mesh
-    assert all(isinstance(placement, Replicate | Shard) for placement in gradient.placements), (
-        f"a gradient that is still to be reduced: {gradient.placements}"
-    )
+    assert not any(placement.is_partial() for placement in gradient.placements), "still to be reduced"
     copies = [
         mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_replicate()
     ]

@@ -102,9 +102,7 @@ def load_start(config: RunConfig, data: Mixture, parts: Sequence[nn.Module], wor
     return [f"start     weights of {checkpoint}"]
 
 
-def _load_run(
-    run: Path, config: RunConfig, data: Mixture, parts: Sequence[nn.Module], world: World
-) -> Path:
+def _load_run(run: Path, config: RunConfig, data: Mixture, parts: Sequence[nn.Module], world: World) -> Path:
     """The model of the newest checkpoint of another run, all of it; returns which.
 
     The optimizer and the order of data start anew, and what is trained may be something else.
@@ -155,11 +153,14 @@ def check_meaning(out: Path, data: Mixture) -> None:
         UserError: names what differs.
     """
     run = _read_run(out)
-    old, new = (_flat({name: each[name] for name in ("tokens", "geometry")}) for each in (run, _meaning(data)))
+    old, new = (
+        _flat({name: each[name] for name in ("tokens", "geometry")}) for each in (run, _meaning(data))
+    )
     different = [line for name, line in _changes(old, new) if name.partition(".")[2] not in SIZES]
     if different:
+        where = ", ".join(str(dataset.path) for dataset in data.datasets)
         raise UserError(
-            f"run {out} was trained with other tokens or patches than {', '.join(str(dataset.path) for dataset in data.datasets)}: "
+            f"run {out} was trained with other tokens or patches than data set {where}: "
             f"{', '.join(different)}; preprocess the data again with the tokenizer and geometry of the run"
         )
 

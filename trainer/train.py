@@ -156,9 +156,7 @@ def train_loop(
     for finished in range(run.start_step + 1, config.steps + 1):
         lr = peak * lr_factor(finished - 1, config.steps, config.schedule)
         step = next(steps)
-        reporter.add(
-            train_step(run.model, run.optimizer, run.guard, step, world, lr=lr, max_grad_norm=clip)
-        )
+        reporter.add(train_step(run.model, run.optimizer, run.guard, step, world, lr=lr, max_grad_norm=clip))
         last = finished == config.steps
         # Ranks learn of a signal or a failed writer at different times: they act on it after the same step.
         stopping, failing = world.sum_on_host([stop.wanted, checkpointer.failed])
@@ -206,9 +204,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -
     )
 
 
-def evaluate_and_report(
-    config: RunConfig, run: Run, world: World, reporter: Reporter, step: int
-) -> Values:
+def evaluate_and_report(config: RunConfig, run: Run, world: World, reporter: Reporter, step: int) -> Values:
     """Measure, write and print.
 
     Raises:
@@ -253,7 +249,7 @@ def describe_run(config: RunConfig, run: Run, world: World) -> list[str]:
         f"{batch.accumulation(world.dp_size)} accumulated x {world.dp_size} ranks: room for "
         f"{batch.packs_per_step * budget.S:,} tokens and "
         f"{batch.packs_per_step * budget.N * budget.L:,} patches",
-        f"length    {config.steps:,} steps of {run.loader.steps_per_epoch:,.1f} per epoch, {start}",
+        f"length    {config.steps:,} steps, {start}",
         f"run       {config.out}",
     ]
     if config.steps != run.planned_steps and run.start_step < config.steps:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from shared.geometry import Budget
 from tests.trainer.batches import GEOMETRY, Document, Picture, make_batch, num_labels, tiny_config
@@ -17,6 +21,7 @@ from trainer.data.batch import Batch
 from trainer.gradients import clip_gradients
 from trainer.models.vlm import ModelConfig
 from trainer.optim import OptimizerConfig, make_optimizer
+from trainer.parallel import context, fsdp, tensor
 from trainer.parallel.mesh import ParallelConfig, World, make_world
 from trainer.parallel.parallelize import ComputeConfig, ParallelModel, build_model
 from trainer.parallel.pipeline import Microbatches
@@ -72,7 +77,13 @@ def microbatches(world: World, packs_per_microbatch: int) -> list[Batch]:
     count = len(PACKS) // world.dp_size
     own = PACKS[world.dp_rank * count : (world.dp_rank + 1) * count]
     groups = [own[i : i + packs_per_microbatch] for i in range(0, count, packs_per_microbatch)]
-    return [own_rows(make_batch(group, BUDGET), world.vision_parts) for group in groups]
+    return [own_rows(two_sources(make_batch(group, BUDGET)), world.vision_parts) for group in groups]
+
+
+def two_sources(batch: Batch) -> Batch:
+    """Every second document of a pack is of source 1."""
+    document_BS = (batch.positions_BS == 0).cumsum(1) % 2
+    return dataclasses.replace(batch, sources_BS=torch.where(batch.sources_BS < 0, -1, document_BS.int()))
 
 
 def build(layout: Layout, world: World, seed: int = 4) -> ParallelModel:
@@ -108,7 +119,6 @@ def measure(layout: Layout, world: World) -> dict[str, Any]:
     labels = sum(num_labels(batch) for batch in batches) if world.is_counting else 0
     [labels] = world.sum_on_host([labels])
     evaluated = world.sum_on_device(forward(model, batches, world, num_sources=SOURCES)) / labels
-    model = spoil(model, layout.negative)
     step = {"num_labels": labels, "num_sources": SOURCES}
     nll = world.sum_on_device(forward_backward(model, batches, world, **step)) / labels
     gradients = gradients_of(model)
@@ -124,17 +134,43 @@ def measure(layout: Layout, world: World) -> dict[str, Any]:
     return {"nll": nll, "evaluated": evaluated, "gradients": gradients, "curve": torch.tensor(curve)}
 
 
-def spoil(model: ParallelModel, how: str) -> ParallelModel:
-    return model
+@contextmanager
+def spoiled(how: str) -> Iterator[None]:
+    """What goes wrong most easily, done on purpose."""
+    patches: dict[str, Any] = {
+        "": None,
+        "factor of dp alone": patch.object(World, "loss_factor", property(lambda world: world.dp_size)),
+        "no factor": patch.object(World, "loss_factor", 1),
+        "shards over dp alone": patch.object(fsdp, "_mesh", lambda mesh, *axes: mesh["dp_shard"]),
+        "gather without gradient": patch.object(context, "gather", gather_without_gradient),
+        "heads normed without a sum": patch.object(tensor, "SequenceParallel", KeepHeads),
+    }
+    with patches[how] or nullcontext():
+        yield
+
+
+def gather_without_gradient(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)
+    return torch.cat(parts, dim=dim).requires_grad_()
+
+
+class KeepHeads(SequenceParallel):
+    """Leaves the norms of queries and keys as they are: every rank has the gradient of its own heads only."""
+
+    def _apply(self, module: torch.nn.Module, device_mesh: Any) -> torch.nn.Module:
+        return module if self.sequence_sharding[0].dim == 2 else super()._apply(module, device_mesh)
 
 
 def measure_all(layouts: Sequence[Layout]) -> list[dict[str, Any]]:
     """On every rank of a launch: all layouts one after another, on one process group."""
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # full_tensor() takes two gathers
     dist.init_process_group("gloo")
     results = []
     for layout in layouts:
         world = make_world(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), layout.parallel)
-        results.append(measure(layout, world))
+        with spoiled(layout.negative):
+            results.append(measure(layout, world))
     dist.destroy_process_group()
     return results
 

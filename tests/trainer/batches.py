@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from shared.geometry import Budget, Geometry, patch_positions
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, with_ends
 from trainer.models.aimv2 import Aimv2Config
 from trainer.models.decoder import DecoderConfig
 from trainer.models.dinov3 import Dinov3Config
@@ -83,10 +83,9 @@ def make_batch(packs: Sequence[Sequence[Document]], budget: Budget, merge: int =
     sources = np.full((B, S), -1)
     pixels = np.zeros((B * N, L, GEOMETRY.values_per_patch), np.uint8)
     grid, ids, sizes = np.full((B * N, L, 3), -1), np.full((B * N, L), -1), np.full((B * N, L, 2), -1)
-    sources = np.full((B, S), -1)
     for b, documents in enumerate(packs):
         at, row, offset, num_images = 0, b * N, 0, 0
-        for number, document in enumerate(documents):
+        for document in documents:
             start = at
             for part in [*document, EOS]:
                 if isinstance(part, int):
@@ -107,7 +106,6 @@ def make_batch(packs: Sequence[Sequence[Document]], budget: Budget, merge: int =
                 tokens[b, at : at + count + 2] = [BEGIN, *[IMAGE] * count, END]
                 visual_index[b, at + 1 : at + 1 + count] = visual
                 at, offset, num_images = at + count + 2, offset + part.patches, num_images + 1
-            sources[b, start:at] = number % 2
             positions[b, start:at] = np.arange(at - start)
             sources[b, start:at] = 0
         positions[b, at:] = np.arange(S - at)
@@ -116,18 +114,18 @@ def make_batch(packs: Sequence[Sequence[Document]], budget: Budget, merge: int =
         for array in (tokens, labels, positions, sources, visual_index)
     )
     tokens_BS, labels_BS, positions_BS, sources_BS, visual_index_BS = integers
-    return Batch(
+    batch = Batch(
         tokens_BS=tokens_BS,
         labels_BS=labels_BS,
         positions_BS=positions_BS,
         sources_BS=sources_BS,
         visual_index_BS=visual_index_BS,
-        sources_BS=torch.from_numpy(sources.astype(np.int32)),
         pixel_values_NLP=torch.from_numpy(pixels),
         grid_thw_NL3=torch.from_numpy(grid.astype(np.int32)),
         image_ids_NL=torch.from_numpy(ids.astype(np.int32)),
         image_sizes_NL2=torch.from_numpy(sizes.astype(np.int32)),
     )
+    return with_ends(batch)
 
 
 def num_labels(batch: Batch) -> int:

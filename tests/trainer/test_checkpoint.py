@@ -31,7 +31,6 @@ from trainer.models.init import init_parameters
 from trainer.models.vlm import ModelConfig, VisionLanguageModel
 from trainer.optim import OptimizerConfig, make_optimizer
 from trainer.parallel.mesh import World
-from trainer.step import backward
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
 
@@ -43,9 +42,9 @@ def make_trained(
     config = config or tiny_config()
     model = VisionLanguageModel(config, GEOMETRY)
     init_parameters(model, config, seed=seed)
-    optimizer = make_optimizer(model, OptimizerConfig())
+    optimizer = make_optimizer([model], OptimizerConfig())
     batch = make_batch([[[7, 8, Picture(2, 4), 9]]], Budget(S=16, N=1, L=8))
-    backward(model, [batch], num_labels(batch), dp_size=1)
+    (model(batch).sum() / num_labels(batch)).backward()
     optimizer.step()
     return model, optimizer
 
@@ -180,7 +179,7 @@ def test_a_run_that_has_not_made_a_step_yet_can_be_saved_and_loaded(tmp_path: Pa
     config = tiny_config()
     model = VisionLanguageModel(config, GEOMETRY)
     init_parameters(model, config, seed=1)
-    path = write(tmp_path, model, make_optimizer(model, OptimizerConfig()), {"step": 0}, keep=1)
+    path = write(tmp_path, model, make_optimizer([model], OptimizerConfig()), {"step": 0}, keep=1)
     other, other_optimizer = make_trained(seed=2)
     load(path, other, other_optimizer)
     assert all(not state["exp_avg"].any() and state["step"] == 0 for state in other_optimizer.state.values())

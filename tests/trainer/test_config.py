@@ -29,6 +29,9 @@ def test_accumulation_fills_the_global_batch() -> None:
         batch.accumulation(5)
 
 
+SIGLIP2 = ["--encoder.type", "siglip2"]
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -37,18 +40,24 @@ def test_accumulation_fills_the_global_batch() -> None:
             r"\[decoder\] head_dim 7 must be even: rotary positions turn pairs",
         ),
         (["--decoder.num-kv-heads", "5"], r"\[decoder\] num_heads 32 is no multiple of num_kv_heads 5"),
-        (["--encoder.num-heads", "5"], r"\[encoder\] hidden_size 768 is no multiple of num_heads 5"),
+        (
+            [*SIGLIP2, "--encoder.num-heads", "5"],
+            r"\[encoder\] hidden_size 768 is no multiple of num_heads 5",
+        ),
         (["--projector.merge", "0"], r"\[projector\] merge must be at least 1, got 0"),
         (["--optimizer.lr", "0"], r"\[optimizer\] lr must be above 0"),
         (["--optimizer.betas", "0.9"], r"betas must be two numbers"),
-        (["--schedule.warmup-steps", "200"], r"warmup_steps 200 leaves nothing of 200 steps"),
+        (["--schedule.warmup-steps", "200"], r"warmup_steps 200 \+ decay_steps 0 leave nothing of 200 steps"),
         (["--dtype", "float16"], r"'float16' is not one of float32, bfloat16"),
         (["--checkpoint.keep", "0"], r"\[checkpoint\] keep must be at least 1"),
         (["--batch.packs-per-step", "0"], r"\[batch\] packs_per_step must be at least 1, got 0"),
         (["--log.print-every", "0"], r"\[log\] print_every must be at least 1, got 0"),
         (["--eval.every", "-1"], r"\[eval\] every must be at least 0, got -1"),
         (["--decoder.num-kv-heads", "0"], r"\[decoder\] num_kv_heads must be at least 1, got 0"),
-        (["--encoder.position-grid", "0"], r"\[encoder\] position_grid must be at least 1, got 0"),
+        (
+            [*SIGLIP2, "--encoder.position-grid", "0"],
+            r"\[encoder\] position_grid must be at least 1, got 0",
+        ),
         (["--optimizer.weight-decay", "-0.5"], r"\[optimizer\] weight_decay must be at least 0, got -0.5"),
     ],
 )

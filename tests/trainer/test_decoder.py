@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer.batches import tiny_config
-from trainer.attention import decoder_mask
+from trainer.attention import document_mask
 from trainer.models.decoder import Decoder, DecoderConfig, RopeScalingConfig, rotary_frequencies
 
 
@@ -15,7 +15,7 @@ def test_keys_and_values_pass_through_the_exchange_of_each_layer() -> None:
     torch.manual_seed(0)
     decoder = Decoder(tiny_config(type="qwen3").decoder)
     h, positions = torch.randn(1, 6, 24), torch.arange(6)[None]
-    whole = decoder(h, positions, decoder_mask(positions))
+    whole = decoder(h, positions, document_mask(positions))
 
     # The second half of the positions alone: the exchange of each layer brings keys and values of the first.
     seen: list[tuple[Tensor, Tensor]] = []
@@ -26,13 +26,13 @@ def test_keys_and_values_pass_through_the_exchange_of_each_layer() -> None:
 
     for layer in decoder.layers.values():
         layer.self_attn.exchange = record
-    decoder(h[:, :3], positions[:, :3], decoder_mask(positions[:, :3]))
+    decoder(h[:, :3], positions[:, :3], document_mask(positions[:, :3]))
     for layer, (first_k, first_v) in zip(decoder.layers.values(), seen, strict=True):
         layer.self_attn.exchange = lambda k, v, first_k=first_k, first_v=first_v: (
             torch.cat([first_k, k], dim=1),
             torch.cat([first_v, v], dim=1),
         )
-    rest = decoder(h[:, 3:], positions[:, 3:], decoder_mask(positions)[:, :, 3:])
+    rest = decoder(h[:, 3:], positions[:, 3:], document_mask(positions)[:, :, 3:])
     assert torch.allclose(rest, whole[:, 3:], atol=1e-5)
 
 

@@ -23,10 +23,12 @@ from trainer.config import EvalConfig
 from trainer.data.batch import Batch
 from trainer.data.mixture import Mixture, open_mixture, single
 from trainer.data.wrong_pictures import Donor, deal_wrong_pictures, with_pictures
-from trainer.evaluate import Values, describe, evaluate, nll_per_source
+from trainer.evaluate import Forward, Values, describe, evaluate
 from trainer.models.init import init_parameters
 from trainer.models.vlm import VisionLanguageModel
 from trainer.parallel.mesh import World
+from trainer.parallel.parallelize import ParallelModel
+from trainer.step import forward
 
 BUDGET = Budget(S=24, N=2, L=24)
 PACKS: list[list[Document]] = [
@@ -49,6 +51,11 @@ def new_model() -> VisionLanguageModel:
 
 def deal(dataset: DataSet, packs: list[Pack]) -> list[list[Donor]] | None:
     return deal_wrong_pictures(packs, [dataset.document_spans("validation", n) for n in range(len(packs))])
+
+
+def nll_per_source(model: VisionLanguageModel, num_sources: int) -> Forward:
+    parts = ParallelModel(parts=[model])
+    return lambda batches: forward(parts, batches, WORLD, num_sources=num_sources)
 
 
 def evaluate_model(

@@ -22,7 +22,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 def test_chunked_nll_and_its_gradients_equal_cross_entropy(chunk_values: int) -> None:
     h, weight, labels = inputs()
     upstream = torch.linspace(-1, 2, 23)
-    ours = chunked_nll(h, weight, labels, chunk_values)
+    ours = chunked_nll(h, weight, labels, chunk_values=chunk_values)
     ours_grads = torch.autograd.grad(ours @ upstream, (h, weight))
     reference = cross_entropy(h @ weight.T, labels.long(), reduction="none")
     reference_grads = torch.autograd.grad(reference @ upstream, (h, weight))

@@ -116,7 +116,9 @@ def test_a_trained_part_that_does_not_exist_is_refused_with_the_closest(
 
 def test_a_multiplier_of_nothing_is_refused() -> None:
     check_names(meta_model(), ["decoder"], ["encoder", "*norm*"])
-    with pytest.raises(UserError, match=r"optimizer.lr_multipliers: '\*norn\*' fits no parameter; give encoder, pro"):
+    with pytest.raises(
+        UserError, match=r"optimizer.lr_multipliers: '\*norn\*' fits no parameter; give encoder, pro"
+    ):
         check_names(meta_model(), ["decoder"], ["encoder", "*norn*"])
 
 
@@ -178,7 +180,10 @@ def test_several_parts_of_a_model_share_their_groups() -> None:
     first.decoder.layers, last.encoder, last.projector = torch.nn.ModuleDict(), None, None
     last.decoder.embed_tokens = None
     of_whole, of_parts = (
-        [(group["weight_decay"], len(group["params"])) for group in parameter_groups(parts, OptimizerConfig())]
+        [
+            (group["weight_decay"], len(group["params"]))
+            for group in parameter_groups(parts, OptimizerConfig())
+        ]
         for parts in ([whole], [first, last])
     )
     # `first` keeps norm and head here, `last` has them as well: one matrix and one vector more.

@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shared.geometry import Budget, Geometry, patch_positions
 from tests.trainer.batches import ENCODERS, IMAGE, VOCABULARY, Document, Picture, make_batch
-from trainer.attention import decoder_mask
+from trainer.attention import document_mask
 from trainer.data.batch import Batch
 from trainer.models.decoder import Decoder, DecoderConfig, RopeScalingConfig, rotary_frequencies
 from trainer.models.encoder import make_encoder
@@ -251,7 +251,7 @@ def test_decoder_equals_transformers_on_packed_documents(
     positions_BS = torch.cat([torch.arange(len(text)) for text in texts])[None].int()
     h_BSD = decoder.embed_tokens(torch.cat(texts)[None])
     h_BSD.retain_grad()
-    logits = decoder(h_BSD, positions_BS, decoder_mask(positions_BS)) @ decoder.head_weight.t()
+    logits = decoder(h_BSD, positions_BS, document_mask(positions_BS)) @ decoder.head_weight.t()
     weight = torch.randn(logits.shape, generator=generator)
     (logits * weight).sum().backward()
 

@@ -9,7 +9,9 @@ from tests.trainer.batches import GEOMETRY, Picture, make_batch, num_labels, tin
 from trainer.data.batch import Batch
 from trainer.models.init import init_parameters
 from trainer.models.vlm import VisionLanguageModel
-from trainer.step import backward
+from trainer.parallel.mesh import World
+from trainer.parallel.parallelize import ParallelModel
+from trainer.step import forward_backward
 
 PACKS = [[[7, 8, Picture(4, 2), 9, 10, 11]], [[12, 13]], [[Picture(2, 4, seed=1), 15, 16]], [[5], [6, 7, 8]]]
 BUDGET = Budget(S=16, N=1, L=8)
@@ -18,8 +20,12 @@ BUDGET = Budget(S=16, N=1, L=8)
 def loss_and_gradients(microbatches: list[Batch]) -> tuple[float, torch.Tensor]:
     model = VisionLanguageModel(tiny_config(), GEOMETRY)
     init_parameters(model, tiny_config(), seed=0)
-    loss = backward(model, microbatches, sum(map(num_labels, microbatches)), dp_size=1)
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+    labels = sum(map(num_labels, microbatches))
+    world = World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
+    nll = forward_backward(
+        ParallelModel(parts=[model]), microbatches, world, num_labels=labels, num_sources=1
+    )
+    return nll.sum().item() / max(1, labels), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_every_split_into_microbatches_gives_the_same_loss_and_gradients() -> None:

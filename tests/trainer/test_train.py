@@ -35,6 +35,7 @@ steps = 6
 device = "cpu"
 dtype = "float32"
 [encoder]
+type = "siglip2"
 hidden_size = 16
 intermediate_size = 32
 num_layers = 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,10 @@ from shared.arrays import runs
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry, patch_positions
 from shared.schema import IGNORE_LABEL, Pack
+
+
+def _no_ends() -> Tensor:
+    return torch.zeros(0, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,14 @@ class Batch:
     """int32 [R, L]; which image of its pack the patch belongs to"""
     image_sizes_NL2: Tensor
     """int32 [R, L, 2]; (h, w) in patches of the image that the patch belongs to"""
+    document_ends: Tensor = field(default_factory=_no_ends)
+    """int32 [documents + 1]; borders of what belongs together, over the positions of all packs: documents, padding"""
+    frame_ends: Tensor = field(default_factory=_no_ends)
+    """int32 [frames + 1]; the same over the patches of all vision rows: frames of images, padding"""
 
     def to(self, device: torch.device) -> Batch:
         """A copy on `device`; asynchronous from pinned memory."""
-        moved = [getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)]
+        moved = [getattr(self, entry.name).to(device, non_blocking=True) for entry in fields(self)]
         return Batch(*moved)
 
 
@@ -97,7 +105,32 @@ def assemble_batch(
     """Batch in new host memory; see `fill_batch`."""
     batch = empty_batch(shape, pin_memory=pin_memory)
     fill_batch(batch, packs, spans, shape, decode_pool=decode_pool)
-    return batch
+    return with_ends(batch)
+
+
+def with_ends(batch: Batch) -> Batch:
+    """The batch with the borders that varlen attention takes, in new (pinned) memory."""
+    frame_NL = batch.grid_thw_NL3[..., 0].numpy()
+    pinned = batch.tokens_BS.is_pinned()
+    document_ends, frame_ends = (
+        ends.pin_memory() if pinned else ends
+        for ends in (
+            _ends(batch.positions_BS.numpy() == 0),
+            _ends(_changes(batch.image_ids_NL.numpy(), frame_NL)),
+        )
+    )
+    return replace(batch, document_ends=document_ends, frame_ends=frame_ends)
+
+
+def _changes(*numbers_NL: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Where a row begins, or one of the numbers differs from the one before."""
+    starts_NL = np.ones(numbers_NL[0].shape, np.bool_)
+    starts_NL[:, 1:] = np.logical_or.reduce([number[:, 1:] != number[:, :-1] for number in numbers_NL])
+    return starts_NL
+
+
+def _ends(starts: npt.NDArray[np.bool_]) -> Tensor:
+    return torch.from_numpy(np.append(np.flatnonzero(starts), starts.size).astype(np.int32))
 
 
 def empty_batch(shape: BatchShape, *, pin_memory: bool = False) -> Batch:
@@ -136,7 +169,12 @@ def fill_batch(
     Raises:
         UserError: a frame is damaged, or a vision row has more frames than the encoder has slots for.
     """
-    vision = _Vision(*(getattr(batch, field.name).numpy() for field in fields(Batch)[-4:]))
+    vision = _Vision(
+        batch.pixel_values_NLP.numpy(),
+        batch.grid_thw_NL3.numpy(),
+        batch.image_ids_NL.numpy(),
+        batch.image_sizes_NL2.numpy(),
+    )
     decodes: list[Future[None]] = []
     filled = 0
     for b, (pack, of_pack) in enumerate(zip(packs, spans, strict=True)):

@@ -108,12 +108,12 @@ class VisionLanguageModel(nn.Module):
 
     def masks(self, batch: Batch) -> Masks:
         order = None if self.sequence is None else self.sequence.order
-        decoder = document_mask(batch.positions_BS, batch.document_ends, self.backend, order)
+        decoder = document_mask(batch.positions_BS, self.backend, ends=batch.document_ends, order=order)
         if self.encoder is None:
             return Masks(decoder, None)
         segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
         segments_NX = self.encoder.attention_segments(segments_NL)
-        return Masks(decoder, segment_mask(segments_NX, batch.frame_ends, self.backend))
+        return Masks(decoder, segment_mask(segments_NX, self.backend, ends=batch.frame_ends))
 
     def own(self, x_BS: Tensor) -> Tensor:
         """This rank's positions."""
