@@ -20,7 +20,7 @@ from tests.trainer.batches import GEOMETRY, Document, Picture, make_batch, num_l
 from trainer.data.batch import Batch
 from trainer.gradients import clip_gradients
 from trainer.models.vlm import ModelConfig
-from trainer.optim import OptimizerConfig, make_optimizer
+from trainer.optim import PARTS, OptimizerConfig, freeze, make_optimizer
 from trainer.parallel import context, fsdp, tensor
 from trainer.parallel.mesh import ParallelConfig, World, make_world
 from trainer.parallel.parallelize import ComputeConfig, ParallelModel, build_model
@@ -52,6 +52,7 @@ class Layout:
     decoder: dict[str, Any] = field(default_factory=dict)
     packs_per_microbatch: int = 1
     dtype: str = "float32"
+    trained: tuple[str, ...] = PARTS
     negative: str = ""
 
 
@@ -97,6 +98,7 @@ def build(layout: Layout, world: World, seed: int = 4) -> ParallelModel:
         parallel=layout.parallel,
         compute=layout.compute,
         microbatches=Microbatches(budget=BUDGET, packs=layout.packs_per_microbatch, count=count),
+        prepare=lambda parts: freeze(parts, layout.trained),
     )
 
 

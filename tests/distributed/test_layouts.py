@@ -37,6 +37,10 @@ TWO = [
     Layout(name="dp full recompute", compute=Compute(recompute="full")),
     Layout(name="cp selective recompute", parallel=Parallel(cp=2), compute=Compute(recompute="selective")),
     Layout(name="dp bf16", dtype="bfloat16"),
+    Layout(name="dp, projector alone", trained=("projector",)),
+    Layout(name="pp, projector alone", parallel=Parallel(pp=2), trained=("projector",)),
+    Layout(name="cp, last layer alone", parallel=Parallel(cp=2), trained=("decoder.layers.3.*",)),
+    Layout(name="tp, without encoder", parallel=Parallel(tp=2), trained=("projector", "decoder")),
 ]
 NEGATIVE = [
     Layout(name="no factor", negative="no factor"),
@@ -139,14 +143,14 @@ def check(num_processes: int, layouts: Sequence[Layout]) -> None:
 def differences(num_processes: int, layouts: Sequence[Layout]) -> list[dict[str, float]]:
     results = launch(measure_all, num_processes, layouts)
     return [
-        difference([of_rank[number] for of_rank in results], reference(tuple(layout.decoder.items())))
+        difference([of_rank[number] for of_rank in results], reference(tuple(layout.decoder.items()), layout.trained))
         for number, layout in enumerate(layouts)
     ]
 
 
 @cache
-def reference(decoder: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return measure(Layout(name="one process", decoder=dict(decoder)), ALONE)
+def reference(decoder: tuple[tuple[str, Any], ...], trained: tuple[str, ...]) -> dict[str, Any]:
+    return measure(Layout(name="one process", decoder=dict(decoder), trained=trained), ALONE)
 
 
 def difference(ranks: Sequence[dict[str, Any]], one: dict[str, Any]) -> dict[str, float]:

@@ -69,7 +69,9 @@ def test_ranks_hold_their_part_of_the_rows_and_all_of_the_text(
     for field in fields(Batch):
         own = [getattr(batch, field.name) for batch in found]
         wanted = getattr(whole, field.name)
-        if field.name.endswith("_BS"):
+        if field.name == "frame_ends":  # of the rows that are here
+            continue
+        if field.name.endswith(("_BS", "document_ends")):
             assert all(torch.equal(tensor, wanted) for tensor in own), field.name
             continue
         assert all(len(tensor) == rows for tensor in own), field.name

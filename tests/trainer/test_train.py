@@ -112,10 +112,10 @@ def test_resuming_equals_an_uninterrupted_run_bit_for_bit(
     assert main([*command[:-1], run + "-whole"]) == 0
     original = train.train_step
 
-    def killed(model: Any, optimizer: Any, step: Any, *rest: Any, **settings: Any) -> Any:
+    def killed(model: Any, optimizer: Any, guard: Any, step: Any, *rest: Any, **settings: Any) -> Any:
         if step.index == 4:
             raise KeyboardInterrupt
-        return original(model, optimizer, step, *rest, **settings)
+        return original(model, optimizer, guard, step, *rest, **settings)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train_step", killed)
@@ -183,8 +183,8 @@ def test_a_run_that_diverges_ends_at_that_step_before_a_checkpoint_of_it(
 ) -> None:
     original = train.train_step
 
-    def diverging(model: Any, optimizer: Any, step: Any, *rest: Any, **settings: Any) -> Any:
-        stats = original(model, optimizer, step, *rest, **settings)
+    def diverging(model: Any, optimizer: Any, guard: Any, step: Any, *rest: Any, **settings: Any) -> Any:
+        stats = original(model, optimizer, guard, step, *rest, **settings)
         wrong = {name: torch.tensor(value) for name, value in change.items()}
         return replace(stats, **wrong) if step.index >= 4 else stats
 
