@@ -1,17 +1,16 @@
-"""What a run reports: a live line on the console, `metrics.jsonl` and TensorBoard.
+"""What a run measures: one row per step, to the console (trainer.console) and to files (trainer.trackers).
 
-Losses and norms stay on the device until `log.every` steps are together; then they are summed over the ranks
-and read at once. So nothing waits for the device in between, and still every step has its own row.
+Losses, norms and the guard's counts stay on the device until `log.every` steps are together; then they are
+summed over the ranks and read at once. So nothing waits for the device in between, and still every step has its
+own row.
 
 Rates are over the wall time of the interval, the same for all its rows: on a GPU the host's own time per step
-says nothing. Tokens, patches and labels are useful ones, padding not counted, over all ranks.
+says nothing. Tokens, patches and labels are useful ones over all ranks; rates with `_all` count padding too.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import sys
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,15 @@ import torch
 from torch import Tensor
 
 from shared.config import require_at_least
-from shared.files import atomic_path
+from trainer.console import Console, progress_line
 from trainer.data.counts import Counts
 from trainer.data.order import Imbalance
+from trainer.flops import ModelFlops
 from trainer.gradients import total_norm
+from trainer.optim import PARTS
 from trainer.parallel.mesh import World
+from trainer.trackers import ROWS, Trackers, keep_rows
 
-ROWS = "metrics.jsonl"
 # Weight that a step keeps in the time left when the next one is in: the mean is of about the last 20 steps.
 MEMORY = 0.95
 
@@ -39,9 +40,14 @@ class LogConfig:
     """Steps between readings of the device: rows are written, and the live line is renewed, this often."""
     print_every: int = 50
     """Steps between lines that stay, on a terminal and in a log; at most one per reading."""
+    peak_flops: float = 0.0
+    """Dense bfloat16 FLOPs per second of one device, for MFU; 0: by its name (trainer.flops)."""
+    wandb_project: str = ""
+    """Weights & Biases project to send rows to as well; empty: none."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "every", "print_every")
+        require_at_least(self, 0, "peak_flops")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,59 +71,110 @@ class StepStats:
     wait_s: float
 
 
-def read_rows(pending: Sequence[StepStats], seconds: float, world: World) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measures:
+    """What rows are computed with, the same for all steps of a run."""
+
+    sources: Sequence[str]
+    """Names, in the order of `StepStats.source_nll`."""
+    lr_multipliers: Sequence[float]
+    """Those that parameter groups have, over all ranks."""
+    step_tokens: int
+    """Room for tokens in the packs of a step."""
+    step_patches: int
+    flops: ModelFlops
+    peak_flops: float | None
+    """Of one device; None: MFU is not known."""
+
+
+def read_rows(
+    pending: Sequence[StepStats], seconds: float, world: World, measures: Measures
+) -> list[dict[str, Any]]:
     """Rows of the steps of one interval that took `seconds`. All ranks call it; the device is read once."""
-    loss = world.sum_on_device(torch.stack([stats.source_nll.sum() for stats in pending]))
-    grad_norm = torch.stack([total_norm(stats.part_norms) for stats in pending])
-    losses, norms = torch.stack([loss, grad_norm]).tolist()
+    nll_ts, waits_t, memory, norms_tp, guard_tg = _read_device(pending, world)
+    tokens, patches = (sum(getattr(stats.counts, unit) for stats in pending) for unit in ("tokens", "patches"))
     rates = {
-        "tokens_per_s": sum(stats.counts.tokens for stats in pending) / seconds,
-        "patches_per_s": sum(stats.counts.patches for stats in pending) / seconds,
         "step_s": seconds / len(pending),
+        "tokens_per_s": tokens / seconds,
+        "patches_per_s": patches / seconds,
+        "tokens_per_s_all": len(pending) * measures.step_tokens / seconds,
+        "patches_per_s_all": len(pending) * measures.step_patches / seconds,
+        "mfu": _utilization(pending, seconds, world, measures),
+        "memory_gb": memory / 1e9,
     }
-    return [
-        {
-            "step": stats.step,
-            "loss": losses[i] / max(1, stats.counts.labels),
-            "grad_norm": norms[i],
-            "lr": stats.lr,
-            "labels": stats.counts.labels,
-            "tokens": stats.counts.tokens,
-            "patches": stats.counts.patches,
-            "cost_imbalance": stats.imbalance.step,
-            "cost_imbalance_microbatch": stats.imbalance.microbatch,
-            "data_wait_s": stats.wait_s,
-            **rates,
-        }
-        for i, stats in enumerate(pending)
-    ]
+    per_step = zip(pending, nll_ts, waits_t, norms_tp, guard_tg, strict=True)
+    return [{**_row_of_step(*of_step, measures), **rates} for of_step in per_step]
 
 
-class Console:
-    """Lines for a person: permanent ones, and on a terminal one that is redrawn in place."""
+def _row_of_step(
+    stats: StepStats, nll_s: list[float], wait_s: float, norms_p: list[float], guard: list[int], measures: Measures
+) -> dict[str, Any]:
+    """What is a step's own; `norms_p` ends with the norm of all parts."""
+    counts, row = stats.counts, {"step": stats.step, "loss": sum(nll_s) / max(1, stats.counts.labels)}
+    if len(measures.sources) > 1:
+        labels_s = counts.labels_per_source.tolist()
+        for name, nll, labels in zip(measures.sources, nll_s, labels_s, strict=True):
+            row[f"loss/{name}"] = nll / labels if labels else None
+    row["grad_norm"] = norms_p[-1]
+    row |= {f"grad_norm/{part}": norm for part, norm in zip(PARTS, norms_p[:-1], strict=True)}
+    row["lr"] = stats.lr
+    if len(measures.lr_multipliers) > 1:
+        row |= {f"lr/x{multiplier:g}": stats.lr * multiplier for multiplier in measures.lr_multipliers}
+    row |= {name: getattr(counts, name) for name in ("labels", "tokens", "patches", "images", "documents")}
+    skipped, _, skipped_in_all, skipped_in_a_row = guard
+    return {
+        **row,
+        "fill_tokens": counts.tokens / measures.step_tokens,
+        "fill_patches": counts.patches / measures.step_patches,
+        "cost_imbalance": stats.imbalance.step,
+        "cost_imbalance_microbatch": stats.imbalance.microbatch,
+        "data_wait_s": wait_s,
+        "skipped": skipped,
+        "skipped_in_all": skipped_in_all,
+        "skipped_in_a_row": skipped_in_a_row,
+    }
 
-    def __init__(self, *, enabled: bool) -> None:
-        self.enabled = enabled
-        self.terminal = enabled and sys.stdout.isatty()
-        self.redrawing = False
 
-    def print(self, text: str) -> None:
-        """A line that stays; a line being redrawn stays above it as it is."""
-        if self.enabled:
-            print(f"\n{text}" if self.redrawing else text, flush=True)
-        self.redrawing = False
+def _read_device(pending: Sequence[StepStats], world: World) -> tuple[Any, list[float], float, Any, Any]:
+    """nll per step and source, longest wait per step and largest memory of a rank; norms, and the guard's counts.
 
-    def print_over(self, text: str) -> None:
-        """A line that stays, in the place of the line being redrawn."""
-        if self.enabled:
-            print(f"\r\x1b[2K{text}" if self.terminal else text, flush=True)
-        self.redrawing = False
+    One sum over the ranks for what differs between them (a maximum is a sum of columns of which each rank fills its
+    own), one reading of the device.
+    """
+    device, num_steps = world.device, len(pending)
+    host_tr = torch.zeros(num_steps + 1, world.size)
+    host_tr[:, world.rank] = torch.tensor([*(stats.wait_s for stats in pending), peak_memory(device) / 1e9])
+    nll_ts = torch.stack([stats.source_nll for stats in pending])
+    summed = world.sum_on_device(torch.cat([nll_ts.flatten(), host_tr.to(device, non_blocking=True).flatten()]))
+    norms_tp = torch.stack([torch.cat([s.part_norms, total_norm(s.part_norms)[None]]) for s in pending])
+    # float32 holds counts exactly up to 16 million steps.
+    guard_tg = torch.stack([torch.cat([s.skipped[None], s.guard_counts.float()]) for s in pending])
+    values = torch.cat([summed, norms_tp.flatten(), guard_tg.flatten()]).cpu()
+    sizes = [nll_ts.numel(), host_tr.numel(), norms_tp.numel(), guard_tg.numel()]
+    nll, host, norms, guard = values.split(sizes)
+    *waits, memory = host.view_as(host_tr).max(dim=1).values.tolist()
+    shapes = ((nll, nll_ts), (norms, norms_tp), (guard.int(), guard_tg))
+    nll, norms, guard = (flat.view(like.shape).tolist() for flat, like in shapes)
+    return nll, waits, memory * 1e9, norms, guard
 
-    def redraw(self, text: str) -> None:
-        """Replace the line being redrawn; elsewhere than on a terminal, nothing."""
-        if self.terminal:
-            print(f"\r\x1b[2K{text}", end="", flush=True)
-            self.redrawing = True
+
+def _utilization(
+    pending: Sequence[StepStats], seconds: float, world: World, measures: Measures
+) -> float | None:
+    """MFU: FLOPs that useful tokens and patches must take / what the devices could do in the time."""
+    if measures.peak_flops is None:
+        return None
+    flops = sum(measures.flops.of(stats.counts) for stats in pending)
+    return flops / (seconds * measures.peak_flops * world.size)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: most that was allocated on a GPU since the last reading; most that the process ever had, on a CPU."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts in KiB
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return float(peak)
 
 
 class Reporter:
@@ -133,19 +190,24 @@ class Reporter:
         directory: Path,
         world: World,
         console: Console,
+        measures: Measures,
+        log: LogConfig,
         *,
         start_step: int,
         total_steps: int,
-        print_every: int,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.world, self.console, self.total_steps = world, console, total_steps
-        self.print_every, self.printed_step = print_every, start_step
-        self.files = None
+        """`config` is what Weights & Biases shows beside the curves."""
+        self.world, self.console, self.measures, self.total_steps = world, console, measures, total_steps
+        self.print_every, self.printed_step = log.print_every, start_step
+        self.trackers = None
         if world.is_main:
             damaged = keep_rows(directory / ROWS, start_step, evaluated_again=start_step >= total_steps)
             if damaged:
                 console.print(f"metrics   dropped {damaged} damaged lines of {directory / ROWS}")
-            self.files = MetricFiles(directory, start_step=start_step)
+            self.trackers = Trackers(
+                directory, start_step=start_step, wandb_project=log.wandb_project, config=config
+            )
         self.pending: list[StepStats] = []
         self.newest: dict[str, Any] = {}
         self.step_s = 0.0
@@ -160,14 +222,14 @@ class Reporter:
         """Read, write and print what is pending; returns its rows, the same on every rank."""
         if not self.pending:
             return []
-        rows = read_rows(self.pending, time.perf_counter() - self.interval_start, self.world)
+        rows = read_rows(self.pending, time.perf_counter() - self.interval_start, self.world, self.measures)
         self.pending.clear()
         old = MEMORY ** len(rows) if self.newest else 0.0
         self.newest = rows[-1]
         self.step_s = old * self.step_s + (1 - old) * self.newest["step_s"]
-        if self.files is not None:
+        if self.trackers is not None:
             for row in rows:
-                self.files.write(row, kind="train")
+                self.trackers.write(row, kind="train")
         step = self.newest["step"]
         line = self.progress_line(step)
         if step // self.print_every > self.printed_step // self.print_every or step == self.total_steps:
@@ -186,80 +248,9 @@ class Reporter:
         self.interval_start = time.perf_counter()
 
     def write_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
-        if self.files is not None:
-            self.files.write({"step": step, **values}, kind="eval")
+        if self.trackers is not None:
+            self.trackers.write({"step": step, **values}, kind="eval")
 
     def close(self) -> None:
-        if self.files is not None:
-            self.files.close()
-
-
-class MetricFiles:
-    """metrics.jsonl and TensorBoard."""
-
-    def __init__(self, directory: Path, *, start_step: int) -> None:
-        # Imported here: it takes a second, which runs on other ranks and tests need not pay.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.rows = open(directory / ROWS, "a", encoding="utf-8")  # closed by close()
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
-
-    def write(self, row: Mapping[str, Any], *, kind: str) -> None:
-        """Append one row; `kind` ("train" or "eval") groups its curves.
-
-        JSON knows no nan and no infinity: what was not measured or is not finite is null, and no point.
-        """
-        values = {name: value if is_finite(value) else None for name, value in row.items()}
-        self.rows.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
-        self.rows.flush()
-        for name, value in values.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(f"{kind}/{name}", value, row["step"])
-
-    def close(self) -> None:
-        self.rows.close()
-        self.board.close()
-
-
-def keep_rows(path: Path, step: int, *, evaluated_again: bool) -> int:
-    """Drop the rows after `step`, and the evaluation of `step` if it is about to be done again.
-
-    Returns how many damaged lines were dropped as well; a kill leaves one at most, the last.
-    """
-    if not path.exists():
-        return 0
-    kept: list[bytes] = []
-    damaged = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-            kind, at = row["kind"], int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            damaged += 1
-            continue
-        if at < step or (at == step and not (evaluated_again and kind == "eval")):
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
-    return damaged
-
-
-def is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def first_diverged(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The first row whose step no longer trains anything: its update makes every weight nan."""
-    return next((row for row in rows if not (is_finite(row["loss"]) and is_finite(row["grad_norm"]))), None)
-
-
-def progress_line(row: Mapping[str, Any], *, step: int, total_steps: int, step_s: float) -> str:
-    """One line about the newest `row` that was read; `step` is how far the run is, `step_s` a mean."""
-    left = round((total_steps - step) * step_s)
-    ahead = f"  (step {step} done, not read yet)" if step != row["step"] else ""
-    return (
-        f"step {row['step']:>{len(str(total_steps))}}/{total_steps}  loss {row['loss']:.4f}  "
-        f"grad {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-        f"{row['tokens_per_s']:,.0f} tok/s  {row['patches_per_s']:,.0f} patch/s  "
-        f"wait {1000 * row['data_wait_s']:.1f} ms  left {left // 60}:{left % 60:02}{ahead}"
-    )
+        if self.trackers is not None:
+            self.trackers.close()
