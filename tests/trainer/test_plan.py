@@ -174,3 +174,18 @@ def test_what_does_not_fit_is_refused_with_what_fills_it_and_exit_code_2(path: s
         f"trainer: memory: a rank of pipeline stage 0 takes {rank['bytes']['total'] / 1e9:.1f} GB of 0.0 GB, most of it "
         f"working ({working:.1f} GB); raise parallel.cp or tp, or lower batch.packs_per_microbatch\n"
     )
+
+
+@pytest.mark.parametrize("gpus", [8, 64, 256])
+def test_the_shipped_configs_quote_what_the_plan_says(
+    gpus: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    path = f"configs/train/{gpus}-gpus.toml"
+    opening = Path(path).read_text().partition("\n\n")[0].replace("\\\n#", "").splitlines()
+    [command] = [line for line in opening if "trainer plan" in line]
+    main(command.partition("trainer plan ")[2].split())
+    said = capsys.readouterr().out.splitlines()
+    quoted = [line.removeprefix("#   ") for line in opening[opening.index(command) + 1 :] if line.startswith("#   ")]
+    assert len(quoted) >= 6 and set(quoted) <= set(said)
