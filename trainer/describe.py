@@ -5,7 +5,7 @@
     device    processes, mesh, dtype, attention, recomputation
     batch     packs per step = per microbatch x accumulated x ranks; room for tokens and patches
     memory    expected on the fullest rank, by parts (trainer.memory)
-    length    steps, epochs, where it starts
+    length    steps, and where it starts
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def describe_run(
     world: World,
     *,
     data: Sequence[str],
-    steps_per_epoch: float,
     start_step: int,
     planned_steps: int,
 ) -> list[str]:
@@ -54,7 +53,7 @@ def describe_run(
         f"{batch.packs_per_step * budget.S:,} tokens and {batch.packs_per_step * budget.N * budget.L:,} patches",
         f"memory    about {memory.total / 1e9:,.2f} GB on the fullest rank: "
         + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in sizes.items()),
-        f"length    {config.steps:,} steps of {steps_per_epoch:,.1f} per epoch, {start}",
+        f"length    {config.steps:,} steps, {start}",
         f"run       {config.out}",
     ]
     return [*lines, *_changed_schedule(config, start_step, planned_steps)]
@@ -64,15 +63,16 @@ def _changed_schedule(config: RunConfig, start_step: int, planned_steps: int) ->
     """Another length is another curve, but for a stable rate that has not begun to decay."""
     if start_step >= config.steps:
         return []
-    planned, now = (
-        config.optimizer.lr * lr_factor(start_step, steps, config.schedule)
-        for steps in (planned_steps, config.steps)
-    )
+    planned, now = (lr_factor(start_step, steps, config.schedule) for steps in (planned_steps, config.steps))
     if planned == now:
         return []
+    before, after = (
+        config.optimizer.lr * lr_factor(step, steps, config.schedule)
+        for step, steps in ((start_step - 1, planned_steps), (start_step, config.steps))
+    )
     return [
         f"schedule  the {config.schedule.kind} now ends at step {config.steps:,}, it was on its way to "
-        f"{planned_steps:,}: the learning rate of the next step is {now:.2e} instead of {planned:.2e}"
+        f"{planned_steps:,}: the learning rate goes from {before:.2e} to {after:.2e}"
     ]
 
 

@@ -22,7 +22,7 @@ from trainer.optim import set_lr
 
 # The mean is that of all norms first, then of about the last 50.
 NEWEST_WEIGHT = 0.02
-# Steps and packs that a message names.
+# Steps that a message names.
 SHOWN = 8
 
 
@@ -84,10 +84,10 @@ def update_weights(optimizer: torch.optim.Optimizer, lr: float, skip: Tensor) ->
 def check_skipped(
     rows: Sequence[Mapping[str, Any]],
     config: GuardConfig,
-    packs_of_step: Callable[[int], Sequence[int]],
+    show_packs: Callable[[int], str],
     out: str,
 ) -> None:
-    """End a run that skips too much; `packs_of_step(step)` are the packs of the step that finished as number `step`.
+    """End a run that skips too much; `show_packs(step)` names those of the step that finished as number `step`.
 
     Raises:
         UserError: names the steps of `rows` that were skipped, the packs of the last, and what to do.
@@ -98,16 +98,13 @@ def check_skipped(
     in_a_row, in_all = max(row["skipped_in_a_row"] for row in bad), bad[-1]["skipped_in_all"]
     if in_a_row <= config.max_consecutive and in_all <= config.max_skipped:
         return
-    steps, last = [row["step"] for row in bad], bad[-1]
+    last, more = bad[-1], f" and {len(bad) - SHOWN} before" if len(bad) > SHOWN else ""
+    shown = ", ".join(str(row["step"]) for row in bad[-SHOWN:]) + more
     raise UserError(
         f"run {out}: diverged: {in_all} steps skipped in all, {in_a_row} in a row (guard.max_skipped "
-        f"{config.max_skipped}, guard.max_consecutive {config.max_consecutive}), among them {_shown(steps)}; at step "
+        f"{config.max_skipped}, guard.max_consecutive {config.max_consecutive}), among them {shown}; at step "
         f"{last['step']} loss {last['loss']}, gradient norm {last['grad_norm']}, learning rate {last['lr']:.2e}. Try a "
         f"lower optimizer.lr or a longer schedule.warmup_steps with another --out, and look at the packs of step "
-        f"{last['step']} (split train: {_shown(packs_of_step(last['step']))}) with `python -m preprocess inspect`"
+        f"{last['step']} (split train: {show_packs(last['step'])}) with `python -m preprocess inspect`"
     )
 
-
-def _shown(numbers: Sequence[int]) -> str:
-    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
-    return ", ".join(map(str, numbers[:SHOWN])) + more

@@ -16,7 +16,7 @@ ALONE = World(rank=0, size=1, device=CPU, mesh=None)
 
 def lines_of(config: RunConfig, start_step: int = 0, planned_steps: int = 200) -> dict[str, str]:
     lines = describe_run(
-        config, BUDGET, ALONE, data=["data: 9 packs"], steps_per_epoch=4.5, start_step=start_step,
+        config, BUDGET, ALONE, data=["data: 9 packs"], start_step=start_step,
         planned_steps=planned_steps,
     )  # fmt: skip
     return {line.split()[0]: line for line in lines}
@@ -34,21 +34,21 @@ def test_the_arithmetic_of_a_run_is_printed() -> None:
     )
     [(_, memory)] = memory_of_ranks(config, BUDGET, 1)
     assert lines["memory"].startswith(f"memory    about {memory.total / 1e9:.2f} GB on the fullest rank: states")
-    assert lines["length"] == "length    200 steps of 4.5 per epoch, from step 0"
+    assert lines["length"] == "length    200 steps, from step 0"
     assert "schedule" not in lines
 
 
 def test_a_longer_cosine_says_what_changes_and_a_longer_stable_rate_changes_nothing() -> None:
     longer = lines_of(config_of("--steps", "400"), start_step=150)
-    assert longer["length"] == "length    400 steps of 4.5 per epoch, resumed after step 150"
-    # 100 steps of warmup; step 150 is half of a cosine over 99 more steps, and a sixth of one over 299.
+    assert longer["length"] == "length    400 steps, resumed after step 150"
+    # 100 steps of warmup; step 149 is half of a cosine over 99 more steps, step 150 a sixth of one over 299.
     assert longer["schedule"] == (
-        "schedule  the cosine now ends at step 400, it was on its way to 200: the learning rate of the next step is "
-        "9.39e-04 instead of 5.43e-04"
+        "schedule  the cosine now ends at step 400, it was on its way to 200: the learning rate goes from "
+        "5.57e-04 to 9.39e-04"
     )
     stable = ["--schedule.kind", "wsd", "--schedule.decay-steps", "20", "--steps", "400"]
     assert "schedule" not in lines_of(config_of(*stable), start_step=150)
-    assert "is 1.00e-03 instead of" in lines_of(config_of(*stable), start_step=190)["schedule"]
+    assert "to 1.00e-03" in lines_of(config_of(*stable), start_step=190)["schedule"]
 
 
 def test_rows_are_computed_with_the_room_of_a_step_and_the_multipliers_in_use() -> None:

@@ -82,7 +82,7 @@ def row(step: int, skipped: int, in_all: int, in_a_row: int) -> dict[str, Any]:
 
 
 def check(*rows: dict[str, Any], **config: int) -> None:
-    check_skipped(rows, GuardConfig(**config), lambda step: range(step * 10, step * 10 + 10), "runs/x")
+    check_skipped(rows, GuardConfig(**config), lambda step: f"packs of {step}", "runs/x")
 
 
 def test_a_run_goes_on_while_few_steps_are_skipped() -> None:
@@ -97,7 +97,7 @@ def test_a_run_that_skips_too_much_ends_with_its_steps_and_packs_named(limits: d
     message = str(error.value)
     assert "run runs/x: diverged: 3 steps skipped in all, 2 in a row" in message
     assert "among them 6, 7; at step 7 loss 2.5, gradient norm nan, learning rate 1.00e-03" in message
-    assert "packs of step 7 (split train: 70, 71, 72, 73, 74, 75, 76, 77 and 2 more)" in message
+    assert "packs of step 7 (split train: packs of 7)" in message
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, -2.0])
