@@ -48,7 +48,9 @@ def progress_line(row: Mapping[str, Any], *, step: int, total_steps: int, step_s
         f"mem {row['memory_gb']:.1f} GB",
         f"wait {1000 * row['data_wait_s']:.1f} ms",
         f"skipped {row['skipped_in_all']}" if row["skipped_in_all"] else "",
-        f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"left {left // 60}:{left % 60:02}",
+        f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        if left >= 3600
+        else f"left {left // 60}:{left % 60:02}",
         f"(step {step} done, not read yet)" if step != row["step"] else "",
     ]
     return "  ".join(word for word in words if word)

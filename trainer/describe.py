@@ -1,11 +1,11 @@
 """The derived arithmetic of a run, printed once before its first step, so that a wrong run is seen there.
 
-    data set  lines of the caller
-    model     parameters of each part, what is trained, what a rank holds of them
-    device    processes, mesh, dtype, attention, recomputation
-    batch     packs per step = per microbatch x accumulated x ranks; room for tokens and patches
-    memory    expected on the fullest rank, by parts (trainer.memory)
-    length    steps, and where it starts
+data set  lines of the caller
+model     parameters of each part, what is trained, what a rank holds of them
+device    processes, mesh, dtype, attention, recomputation
+batch     packs per step = per microbatch x accumulated x ranks; room for tokens and patches
+memory    expected on the fullest rank, by parts (trainer.memory)
+length    steps, and where it starts
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def describe_run(
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     start = f"resumed after step {start_step}" if start_step else "from step 0"
     recompute = f", recompute {config.compute.recompute}" if config.compute.recompute != "none" else ""
+    compiled = ", compiled" if config.compute.compile else ""
     lines = [
         *(f"data set  {line}" for line in data),
         f"packs     of S {budget.S}, N {budget.N} x L {budget.L}",
         f"model     {parameters}; trained: {', '.join(config.trained)}; {holds['shard'] / 1e6:,.2f} M on a rank",
         f"device    {processes} on {world.device.type}{', mesh ' + ' x '.join(axes) if axes else ''}, {config.dtype}, "
-        f"attention {config.compute.backend(world.device.type)}{recompute}{', compiled' if config.compute.compile else ''}",
+        f"attention {config.compute.backend(world.device.type)}{recompute}{compiled}",
         f"batch     {batch.packs_per_step} packs = {batch.packs_per_microbatch} per microbatch x "
         f"{batch.accumulation(world.dp_size)} accumulated x {world.dp_size} ranks: room for "
         f"{batch.packs_per_step * budget.S:,} tokens and {batch.packs_per_step * budget.N * budget.L:,} patches",
@@ -76,7 +77,9 @@ def _changed_schedule(config: RunConfig, start_step: int, planned_steps: int) ->
     ]
 
 
-def measures_of_run(config: RunConfig, budget: Budget, sources: Sequence[str], device: torch.device) -> Measures:
+def measures_of_run(
+    config: RunConfig, budget: Budget, sources: Sequence[str], device: torch.device
+) -> Measures:
     """What the rows of a run are computed with."""
     whole = meta_model(config)
     trained = [name for name, parameter in whole.named_parameters() if parameter.requires_grad]

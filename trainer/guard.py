@@ -107,4 +107,3 @@ def check_skipped(
         f"lower optimizer.lr or a longer schedule.warmup_steps with another --out, and look at the packs of step "
         f"{last['step']} (split train: {show_packs(last['step'])}) with `python -m preprocess inspect`"
     )
-

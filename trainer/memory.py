@@ -62,7 +62,8 @@ class LayerSizes:
 
 def layer_sizes(layer: nn.Module) -> LayerSizes:
     linears = {name.rpartition(".")[2]: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    [head_dim] = {m.head_dim for m in layer.modules() if isinstance(getattr(m, "head_dim", None), int)}
+    widths = {getattr(module, "head_dim", None) for module in layer.modules()}
+    [head_dim] = (width for width in widths if isinstance(width, int))
     last = linears.get("down_proj") or linears["fc2"]
     return LayerSizes(
         width=linears["q_proj"].in_features,
@@ -90,7 +91,12 @@ class Division:
 
 def kept_bytes(sizes: LayerSizes, mode: Recompute, division: Division) -> float:
     """What autograd keeps of one layer per position of this rank's part of a sequence."""
-    d, q, kv, f = sizes.width, sizes.queries / division.tp, sizes.keys / division.tp, sizes.inner / division.tp
+    d, q, kv, f = (
+        sizes.width,
+        sizes.queries / division.tp,
+        sizes.keys / division.tp,
+        sizes.inner / division.tp,
+    )
     residual = d / division.tp if division.sequence_parallel else d
     softmax = 4 * sizes.heads / division.tp
     if mode == "full":
@@ -150,9 +156,12 @@ def rank_memory(
     positions: Positions,
 ) -> Memory:
     """Of a rank that holds `parts`, undivided and on any device, of a mesh with the sizes `axes`."""
-    held = [(name, p, held_values(name, p, axes["tp"])) for part in parts for name, p in part.named_parameters()]
+    held = [
+        (name, p, held_values(name, p, axes["tp"])) for part in parts for name, p in part.named_parameters()
+    ]
     states = sum(
-        values / num_shards(name, axes) * (TRAINED_BYTES if p.requires_grad else FROZEN_BYTES) for name, p, values in held
+        values / num_shards(name, axes) * (TRAINED_BYTES if p.requires_grad else FROZEN_BYTES)
+        for name, p, values in held
     )
     whole, root = sum(values for *_, values in held), sum(v for name, _, v in held if ".layers." not in name)
     trained = sum(values for _, p, values in held if p.requires_grad)
@@ -212,7 +221,9 @@ class _Layer:
 
     def working(self, mode: Recompute, positions: Positions) -> float:
         """Backward: the layer computed again if it must be, and gradients of the MLP's inner values."""
-        inner = (3 if self.sizes.gated else 2) * self.sizes.inner / self.division.tp * self.division.value_bytes
+        inner = (
+            (3 if self.sizes.gated else 2) * self.sizes.inner / self.division.tp * self.division.value_bytes
+        )
         here = positions.patches if self.vision else positions.tokens
         return inner * here + (self.kept("none", positions) if mode != "none" else 0.0)
 

@@ -92,7 +92,9 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """Rows of the steps of one interval that took `seconds`. All ranks call it; the device is read once."""
     nll_ts, waits_t, memory, norms_tp, guard_tg = _read_device(pending, world)
-    tokens, patches = (sum(getattr(stats.counts, unit) for stats in pending) for unit in ("tokens", "patches"))
+    tokens, patches = (
+        sum(getattr(stats.counts, unit) for stats in pending) for unit in ("tokens", "patches")
+    )
     rates = {
         "step_s": seconds / len(pending),
         "tokens_per_s": tokens / seconds,
@@ -107,10 +109,16 @@ def read_rows(
 
 
 def _row_of_step(
-    stats: StepStats, nll_s: list[float], wait_s: float, norms_p: list[float], guard: list[int], measures: Measures
+    stats: StepStats,
+    nll_s: list[float],
+    wait_s: float,
+    norms_p: list[float],
+    guard: list[int],
+    measures: Measures,
 ) -> dict[str, Any]:
     """What is a step's own; `norms_p` ends with the norm of all parts."""
-    counts, row = stats.counts, {"step": stats.step, "loss": sum(nll_s) / max(1, stats.counts.labels)}
+    counts = stats.counts
+    row: dict[str, Any] = {"step": stats.step, "loss": sum(nll_s) / max(1, counts.labels)}
     if len(measures.sources) > 1:
         labels_s = counts.labels_per_source.tolist()
         for name, nll, labels in zip(measures.sources, nll_s, labels_s, strict=True):
@@ -145,7 +153,9 @@ def _read_device(pending: Sequence[StepStats], world: World) -> tuple[Any, list[
     host_tr = torch.zeros(num_steps + 1, world.size)
     host_tr[:, world.rank] = torch.tensor([*(stats.wait_s for stats in pending), peak_memory(device) / 1e9])
     nll_ts = torch.stack([stats.source_nll for stats in pending])
-    summed = world.sum_on_device(torch.cat([nll_ts.flatten(), host_tr.to(device, non_blocking=True).flatten()]))
+    summed = world.sum_on_device(
+        torch.cat([nll_ts.flatten(), host_tr.to(device, non_blocking=True).flatten()])
+    )
     norms_tp = torch.stack([torch.cat([s.part_norms, total_norm(s.part_norms)[None]]) for s in pending])
     # float32 holds counts exactly up to 16 million steps.
     guard_tg = torch.stack([torch.cat([s.skipped[None], s.guard_counts.float()]) for s in pending])

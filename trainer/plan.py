@@ -47,13 +47,17 @@ REMEDIES = {
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer plan", allow_abbrev=False, description="What a layout takes; no GPU is needed."
+        prog="python -m trainer plan",
+        allow_abbrev=False,
+        description="What a layout takes; no GPU is needed.",
     )
     parser.add_argument("config", type=Path, help="TOML file; any of its keys can follow as --key value")
     parser.add_argument("--gpus", type=int, required=True, help="number of processes, one per device")
     parser.add_argument("--gpu", default="H100", help="device whose peak the step time is for (default H100)")
     parser.add_argument("--gpu-bytes", type=float, help="memory of a device; what does not fit is refused")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak for the step time (default 0.4)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak for the step time (default 0.4)"
+    )
     for letter in ("S", "N", "L"):
         parser.add_argument(f"--{letter}", type=int, help=f"budget.{letter}, where there is no data set yet")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -64,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--gpu {arguments.gpu!r}: its peak is not known; give a name such as H100, or A100")
     budget = find_budget(config, {letter: getattr(arguments, letter) for letter in ("S", "N", "L")})
     plan = plan_run(config, budget, arguments.gpus)
-    plan["time"] = {"gpu": arguments.gpu, "mfu": arguments.mfu, "step_s": plan["step"]["flops"] / (arguments.mfu * peak * arguments.gpus)}  # fmt: skip
+    step_s = plan["step"]["flops"] / (arguments.mfu * peak * arguments.gpus)
+    plan["time"] = {"gpu": arguments.gpu, "mfu": arguments.mfu, "step_s": step_s}
     print(json.dumps(plan) if arguments.json else "\n".join(describe_plan(plan)), flush=True)
     if arguments.gpu_bytes is not None:
         check_memory(plan["memory"], arguments.gpu_bytes)
@@ -148,9 +153,7 @@ def meta_model(config: RunConfig) -> VisionLanguageModel:
     return model
 
 
-def memory_of_ranks(
-    config: RunConfig, budget: Budget, gpus: int
-) -> Iterator[tuple[dict[str, Any], Memory]]:
+def memory_of_ranks(config: RunConfig, budget: Budget, gpus: int) -> Iterator[tuple[dict[str, Any], Memory]]:
     """For each rank of axis pp: what it holds, and its memory."""
     parallel, axes = config.parallel, config.parallel.sizes(gpus)
     packs, count = config.batch.packs_per_microbatch, config.decoder.num_layers
@@ -256,6 +259,6 @@ def check_memory(ranks: Sequence[dict[str, Any]], gpu_bytes: float) -> None:
     if total > gpu_bytes:
         largest = max(sizes, key=lambda name: sizes[name])
         raise UserError(
-            f"memory: a rank of pipeline stage {fullest['pp_rank']} takes {total / 1e9:.1f} GB of {gpu_bytes / 1e9:.1f} GB, "
-            f"most of it {largest} ({sizes[largest] / 1e9:.1f} GB); {REMEDIES[largest]}"
+            f"memory: a rank of pipeline stage {fullest['pp_rank']} takes {total / 1e9:.1f} GB of "
+            f"{gpu_bytes / 1e9:.1f} GB, most of it {largest} ({sizes[largest] / 1e9:.1f} GB); {REMEDIES[largest]}"
         )

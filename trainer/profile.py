@@ -64,4 +64,5 @@ class Profiler:
 
 def named(name: str) -> AbstractContextManager[Any]:
     """What happens inside is called `name` in a trace."""
-    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+    running = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]  # there is no public way to ask
+    return record_function(name) if running else nullcontext()

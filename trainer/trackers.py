@@ -22,7 +22,12 @@ class Trackers:
     """Only rank 0 has one. Rows of steps after `start_step` are those of a killed run: they are dropped."""
 
     def __init__(
-        self, directory: Path, *, start_step: int, wandb_project: str = "", config: Mapping[str, Any] | None = None
+        self,
+        directory: Path,
+        *,
+        start_step: int,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         # Imported here: it takes a second, which runs on other ranks and tests need not pay.
         from torch.utils.tensorboard import SummaryWriter
@@ -37,7 +42,9 @@ class Trackers:
         self.rows.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
         self.rows.flush()
         step = int(row["step"])
-        points = {f"{kind}/{name}": value for name, value in values.items() if name != "step" and value is not None}
+        points = {
+            f"{kind}/{name}": value for name, value in values.items() if name != "step" and value is not None
+        }
         for name, value in points.items():
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
@@ -66,7 +73,9 @@ def open_wandb(project: str, directory: Path, config: dict[str, Any]) -> Any:
     place = directory.resolve()
     name = "-".join(place.parts[-2:])  # many a directory is called "run"
     identity = f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
-    run = wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(directory), config=config)
+    run = wandb.init(
+        project=project, name=name, id=identity, resume="allow", dir=str(directory), config=config
+    )
     # Its own step must never fall, ours does when a killed run goes on: points carry ours, and curves use it.
     run.define_metric("*", step_metric="step")
     return run

@@ -33,7 +33,9 @@ def test_the_arithmetic_of_a_run_is_printed() -> None:
         "batch     16 packs = 1 per microbatch x 16 accumulated x 1 ranks: room for 512 tokens and 512 patches"
     )
     [(_, memory)] = memory_of_ranks(config, BUDGET, 1)
-    assert lines["memory"].startswith(f"memory    about {memory.total / 1e9:.2f} GB on the fullest rank: states")
+    assert lines["memory"].startswith(
+        f"memory    about {memory.total / 1e9:.2f} GB on the fullest rank: states"
+    )
     assert lines["length"] == "length    200 steps, from step 0"
     assert "schedule" not in lines
 

@@ -169,7 +169,9 @@ def test_damaged_rows_are_dropped_with_their_number(
 
 
 ROW: dict[str, Any] = {
-    **dict.fromkeys(["loss", "grad_norm", "lr", "tokens_per_s", "patches_per_s", "data_wait_s", "memory_gb"], 1.0),
+    **dict.fromkeys(
+        ["loss", "grad_norm", "lr", "tokens_per_s", "patches_per_s", "data_wait_s", "memory_gb"], 1.0
+    ),
     "mfu": None,
     "skipped_in_all": 0,
 }
@@ -177,7 +179,9 @@ ROW: dict[str, Any] = {
 
 def test_progress_line_tells_the_time_left() -> None:
     line = progress_line({**ROW, "step": 40}, step=40, total_steps=100, step_s=1.5)
-    assert line.startswith("step  40/100  loss 1.0000") and line.endswith("mem 1.0 GB  wait 1000.0 ms  left 1:30")
+    assert line.startswith("step  40/100  loss 1.0000") and line.endswith(
+        "mem 1.0 GB  wait 1000.0 ms  left 1:30"
+    )
     busy = {**ROW, "step": 40, "mfu": 0.415, "skipped_in_all": 3}
     line = progress_line(busy, step=40, total_steps=100, step_s=150.0)
     assert "  mfu 41.5%  mem" in line and line.endswith("skipped 3  left 2:30:00")
@@ -248,7 +252,9 @@ def test_weights_and_biases_gets_the_points_under_their_step_and_goes_on_after_a
         directory.mkdir(exist_ok=True)
         trackers = Trackers(directory, start_step=start_step, wandb_project="project", config={"lr": 0.5})
         run = trackers.wandb
-        trackers.write({"step": start_step + 1, "loss": 2.5, "mfu": None, "grad_norm": math.nan}, kind="train")
+        trackers.write(
+            {"step": start_step + 1, "loss": 2.5, "mfu": None, "grad_norm": math.nan}, kind="train"
+        )
         sent = {name: value for name, value in dict(run.summary).items() if not name.startswith("_")}
         assert sent == {"train/loss": 2.5, "step": start_step + 1}
         assert (run.name, run.project, dict(run.config)) == (f"{tmp_path.name}-run-7", "project", {"lr": 0.5})
@@ -260,5 +266,7 @@ def test_weights_and_biases_gets_the_points_under_their_step_and_goes_on_after_a
 
 def test_a_project_without_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="log.wandb_project 'project': the package wandb is not installed; pip"):
+    with pytest.raises(
+        UserError, match=r"log\.wandb_project 'project': the package wandb is not installed; pip"
+    ):
         Trackers(tmp_path, start_step=0, wandb_project="project")

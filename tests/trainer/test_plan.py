@@ -87,7 +87,9 @@ def test_stages_of_a_pipeline_hold_their_parts_and_the_first_has_most_in_flight(
     plan = plan_run(config, BUDGET, 2)["parameters"]
     table = 40 * 32
     assert (first["decoder_layers"], last["decoder_layers"]) == (2, 2)
-    assert first["parameters"] - last["parameters"] == plan["encoder"] + plan["projector"] - 32  # the last norm
+    assert (
+        first["parameters"] - last["parameters"] == plan["encoder"] + plan["projector"] - 32
+    )  # the last norm
     assert first["parameters"] + last["parameters"] == sum(plan.values()) and plan["decoder"] > 2 * table
     assert early.activations > late.activations
 
@@ -95,7 +97,9 @@ def test_stages_of_a_pipeline_hold_their_parts_and_the_first_has_most_in_flight(
 def most_in_flight(rank: int, pp: int, stages_per_rank: int, count: int) -> float:
     """By the order that torch's own schedule computes."""
     stages: list[Any] = [
-        SimpleNamespace(stage_index=rank + i * pp, num_stages=pp * stages_per_rank, group_size=pp, group_rank=rank)
+        SimpleNamespace(
+            stage_index=rank + i * pp, num_stages=pp * stages_per_rank, group_size=pp, group_rank=rank
+        )
         for i in range(stages_per_rank)
     ]
     alive = most = 0
@@ -151,7 +155,7 @@ def test_sizes_come_from_the_data_set_if_it_is_there(
         (["--gpus", "3", *SIZES, "--parallel.cp", "3"], "S 32 of the data set is no multiple of 2 x parallel.cp = 6"),
         (["--gpus", "8", *SIZES, "--parallel.pp", "8"], "4 decoder layers cannot be divided into stages"),
         (["--gpus", "1", *SIZES, "--gpu", "T2000"], "--gpu 'T2000': its peak is not known"),
-        (["--gpus", "1", *SIZES, "--trained", "encodr"], "trained: 'encodr' fits no parameter; did you mean 'encoder'?"),
+        (["--gpus", "1", *SIZES, "--trained", "encodr"], "'encodr' fits no parameter; did you mean 'encoder'?"),
         (["--gpus", "1", *SIZES, "--gpu-byte", "1"], "unknown key --gpu-byte"),
     ],
 )  # fmt: skip
@@ -171,8 +175,8 @@ def test_what_does_not_fit_is_refused_with_what_fills_it_and_exit_code_2(path: s
     working = rank["bytes"]["working"] / 1e9
     # A chunk of logits is the largest thing of so small a model.
     assert result.stderr == (
-        f"trainer: memory: a rank of pipeline stage 0 takes {rank['bytes']['total'] / 1e9:.1f} GB of 0.0 GB, most of it "
-        f"working ({working:.1f} GB); raise parallel.cp or tp, or lower batch.packs_per_microbatch\n"
+        f"trainer: memory: a rank of pipeline stage 0 takes {rank['bytes']['total'] / 1e9:.1f} GB of 0.0 GB, most of "
+        f"it working ({working:.1f} GB); raise parallel.cp or tp, or lower batch.packs_per_microbatch\n"
     )
 
 
@@ -187,5 +191,7 @@ def test_the_shipped_configs_quote_what_the_plan_says(
     [command] = [line for line in opening if "trainer plan" in line]
     main(command.partition("trainer plan ")[2].split())
     said = capsys.readouterr().out.splitlines()
-    quoted = [line.removeprefix("#   ") for line in opening[opening.index(command) + 1 :] if line.startswith("#   ")]
+    quoted = [
+        line.removeprefix("#   ") for line in opening[opening.index(command) + 1 :] if line.startswith("#   ")
+    ]
     assert len(quoted) >= 6 and set(quoted) <= set(said)
