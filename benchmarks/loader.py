@@ -1,98 +1,226 @@
-"""The loader's assembly of batches from mapped packs, beside a plain copy of the same bytes.
+"""The loader's assembly of batches from mapped packs, beside a plain copy of the same bytes into the same buffers.
 
-    python benchmarks/loader.py demo/dataset
+    python benchmarks/loader.py [--dataset DIR] [--json]
 
-Both sides write into new buffers of the same sizes; the page cache is warm. The two run in turn, round by
-round. One thread.
+Without --dataset, packs of real size are made first: S 8192, 9 vision rows of 2048 patches of 768 values, images of
+64 to 1024 patches, as the configs for GPUs have them.
+
+Assembly takes finished packs from the page cache to the tensors of a batch. The copy takes the same values from
+ordinary memory to the same tensors, with one call per tensor. Both write into one set of buffers, in turn for every
+pack; one thread; of each pack the best of all rounds. Every round maps the shards anew, as training meets each page of
+a shard for the first time; `one by one` is the same without `trainer.data.pages`.
+
+Then: opening a data set of 10,000 shards, the first step at a late position of it, and the size of the state.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
-from shared.dataset import DataSet, open_dataset
-from trainer.data.batch import assemble_batch
+from shared.dataset import DataSet, describe_contract, fingerprint_of, open_dataset
+from shared.files import write_json
+from shared.geometry import Budget, Geometry
+from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
+from shared.shard_writer import ShardWriter
+from shared.tokens import TokenIds
+from trainer.data.batch import Batch, BatchShape, empty_batch, fill_batch
+from trainer.data.loader import Loader
+from trainer.data.mixture import single
+
+BUDGET = Budget(S=8192, N=9, L=2048)
+TINY = Budget(S=64, N=1, L=16)
+GEOMETRY = Geometry(patch_size=16, merge=2, max_patches_per_image=1024)
+TOKENS = TokenIds(
+    bos=None, eos=1, pad=0, image=2, begin_image=3, end_image=4, vocabulary_size=1000, tokenizer_sha256=""
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("--packs_per_microbatch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dataset", type=Path)
+    parser.add_argument(
+        "--packs", type=int, default=48, help="packs to make, or to take of --dataset at most"
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.perf_counter()
-    dataset = open_dataset(options.dataset)
-    for shard in dataset.shards:
-        dataset.reader(shard)
-    open_s = time.perf_counter() - begin
-    groups = grouped(dataset.num_packs("train"), options.packs_per_microbatch)
-    loads, copies = [], []
-    for _ in range(options.rounds):
-        loads.append(timed(lambda: load(dataset, groups, options.packs_per_microbatch)))
-        copies.append(timed(lambda: copy(dataset, groups, options.packs_per_microbatch)))
-    num_bytes = batch_bytes(dataset) * options.packs_per_microbatch * len(groups)
-    images = sum(len(dataset.pack("train", i).images) for group in groups for i in group)
-    load_s, ratio = float(np.median(loads)), float(np.median(np.array(copies) / np.array(loads)))
-    figures = {
-        "packs": len(groups) * options.packs_per_microbatch,
-        "images_per_s": images / load_s,
-        "gb_per_s": num_bytes / load_s / 1e9,
-        "share_of_memcpy": ratio,
-        "open_ms_per_shard": 1000 * open_s / len(dataset.shards),
-    }
+    with tempfile.TemporaryDirectory() as directory:
+        path = options.dataset or write_packs(Path(directory) / "real", BUDGET, options.packs)
+        figures = against_memcpy(path, options.packs, options.rounds)
+        figures |= many_shards(Path(directory) / "many", options.shards)
     print(
-        f"{figures['packs']} packs: {figures['images_per_s']:,.0f} images/s, {figures['gb_per_s']:.2f} GB/s, "
-        f"{ratio:.0%} of the speed of a plain copy; opening takes {figures['open_ms_per_shard']:.2f} ms per shard"
+        f"{figures['packs']} packs of {figures['mb_per_pack']:.1f} MB: {figures['gb_per_s']:.2f} GB/s, "
+        f"{figures['images_per_s']:,.0f} images/s, {figures['share_of_memcpy']:.0%} of a plain copy of the same bytes "
+        f"({figures['one_by_one_share_of_memcpy']:.0%} with pages one by one)\n"
+        f"{figures['shards']:,} shards: opened in {figures['open_s']:.2f} s; first step at {figures['late_step']:,} "
+        f"in {figures['resume_s']:.2f} s more, with {figures['packs_per_step']} packs; "
+        f"state {figures['state_bytes']} bytes"
     )
     if options.json:
         print(json.dumps(figures))
 
 
-def grouped(num_packs: int, size: int) -> list[list[int]]:
-    order = np.random.default_rng(0).permutation(num_packs)[: num_packs // size * size]
-    return order.reshape(-1, size).tolist()
+def against_memcpy(path: Path, packs: int, rounds: int) -> dict[str, float]:
+    dataset = open_dataset(path)
+    shape = BatchShape(
+        packs=1, budget=dataset.budget, geometry=dataset.geometry, pad_token=dataset.tokens.pad
+    )
+    order = np.random.default_rng(0).permutation(dataset.num_packs("train"))[:packs].tolist()
+    buffers = empty_batch(shape)
+    finished = [empty_batch(shape) for _ in order]
+    for batch, number in zip(finished, order, strict=True):
+        assemble(dataset, number, batch, shape)
+    seconds = {name: np.full((rounds, len(order)), np.inf) for name in ("assembly", "one_by_one", "copy")}
+
+    def timed(name: str, turn: int, place: int, function: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        function()
+        seconds[name][turn, place] = time.perf_counter() - begin
+
+    for turn in range(rounds):
+        one, other = map_anew(path), map_anew(path)
+        for place in range(len(order)):
+            # Another pack, whose bytes are not in a cache of the processor.
+            far = (place + len(order) // 2) % len(order)
+            timed("assembly", turn, place, partial(assemble, one, order[place], buffers, shape))
+            timed("copy", turn, place, partial(copy, finished[place], buffers))
+            with mock.patch("trainer.data.batch.populate"):
+                timed("one_by_one", turn, far, partial(assemble, other, order[far], buffers, shape))
+    best = {name: float(values.min(axis=0).sum()) for name, values in seconds.items()}
+    num_bytes = sum(getattr(buffers, field.name).nbytes for field in fields(Batch))
+    return {
+        "packs": len(order),
+        "mb_per_pack": num_bytes / 1e6,
+        "gb_per_s": num_bytes * len(order) / best["assembly"] / 1e9,
+        "images_per_s": sum(len(dataset.pack("train", number).images) for number in order) / best["assembly"],
+        "memcpy_gb_per_s": num_bytes * len(order) / best["copy"] / 1e9,
+        "share_of_memcpy": best["copy"] / best["assembly"],
+        "one_by_one_share_of_memcpy": best["copy"] / best["one_by_one"],
+    }
 
 
-def batch_bytes(dataset: DataSet) -> int:
-    """Bytes that one pack takes in a batch: pixels with their padding, and the three token arrays."""
-    budget = dataset.budget
-    return budget.N * budget.L * dataset.geometry.values_per_patch + 12 * budget.S
+def map_anew(path: Path) -> DataSet:
+    dataset = open_dataset(path)
+    for shard in dataset.shards:
+        dataset.reader(shard).document_spans(0)
+    return dataset
 
 
-def load(dataset: DataSet, groups: list[list[int]], size: int) -> None:
-    for group in groups:
-        assemble_batch(
-            [dataset.pack("train", index) for index in group],
-            packs_per_microbatch=size,
-            budget=dataset.budget,
-            values_per_patch=dataset.geometry.values_per_patch,
-            merge=dataset.geometry.merge,
-            pad_token=dataset.tokens.pad,
-        )
+def assemble(dataset: DataSet, number: int, buffers: Batch, shape: BatchShape) -> None:
+    spans = dataset.document_spans("train", number)
+    fill_batch(buffers, [dataset.pack("train", number)], [spans], shape)
 
 
-def copy(dataset: DataSet, groups: list[list[int]], size: int) -> None:
-    """As many bytes as a batch has, from one warm array into new memory."""
-    source = np.zeros(batch_bytes(dataset) * size, np.uint8)
-    for _ in groups:
-        torch.empty(source.size, dtype=torch.uint8).numpy()[...] = source
+def copy(finished: Batch, buffers: Batch) -> None:
+    for field in fields(Batch):
+        getattr(buffers, field.name).numpy()[...] = getattr(finished, field.name).numpy()
 
 
-def timed(function: Callable[[], None]) -> float:
+def many_shards(path: Path, num_shards: int) -> dict[str, float]:
+    """A data set of many shards with a few packs each; the shards are one file under many names."""
+    write_packs(path, TINY, 4, num_shards=num_shards)
     begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+    data = single(open_dataset(path))
+    open_s = time.perf_counter() - begin
+    late_step, packs_per_step = 987_654, 64
+    begin = time.perf_counter()
+    loader = Loader(
+        data,
+        split="train",
+        seed=0,
+        packs_per_microbatch=packs_per_step,
+        accumulation=1,
+        dp_rank=0,
+        dp_size=1,
+        device=torch.device("cpu"),
+        start_step=late_step,
+        decode_threads=1,
+    )
+    assert next(iter(loader)).index == late_step
+    resume_s = time.perf_counter() - begin
+    loader.close()
+    state = {"step": late_step, "data": data.identity}
+    return {
+        "shards": num_shards,
+        "open_s": open_s,
+        "late_step": late_step,
+        "packs_per_step": packs_per_step,
+        "resume_s": resume_s,
+        "state_bytes": len(json.dumps(state)),
+    }
+
+
+def write_packs(path: Path, budget: Budget, num_packs: int, num_shards: int = 1) -> Path:
+    contract = describe_contract(budget, GEOMETRY, TOKENS, "raw")
+    (path / "shards").mkdir(parents=True)
+    first = path / "shards" / "train-000000.parquet"
+    writer = ShardWriter(first, budget.S, fingerprint_of(contract))
+    for number in range(num_packs):
+        writer.append(*make_pack(budget, number))
+    writer.close()
+    names = [first.name]
+    for number in range(1, num_shards):
+        names.append(f"train-{number:06}.parquet")
+        os.link(first, path / "shards" / names[-1])
+    entries = [{"name": n, "split": "train", "packs": num_packs, "bytes": 0, "checksum": ""} for n in names]
+    manifest = {
+        **contract,
+        "fingerprint": fingerprint_of(contract),
+        "shards": entries,
+        "account": {"made": {}},
+    }
+    write_json(path / "dataset.json", manifest)
+    return path
+
+
+def make_pack(budget: Budget, seed: int) -> tuple[Pack, list[Document]]:
+    """Images of random pixels in all rows, one document each; between them text to the end of S."""
+    random = np.random.default_rng(seed)
+    images: list[tuple[int, ...]] = []
+    start = 1
+    for row in range(budget.N):
+        offset = 0
+        while offset <= budget.L - 16:
+            h, w = (2 * int(side) for side in random.integers(4, 17, 2))
+            while h * w > budget.L - offset:
+                h, w = max(2, h // 4 * 2), max(2, w // 4 * 2)
+            images.append((start, row, offset, 1, h, w, h * w * GEOMETRY.values_per_patch))
+            start, offset = start + h * w // 4 + 3, offset + h * w
+    used = start - 1
+    assert used <= budget.S, f"{used} tokens"
+    borders = [image[0] - 1 for image in images] + [used]
+    positions_S = np.arange(budget.S, dtype=np.int32)
+    for begin, end in zip(borders, [*borders[1:], budget.S], strict=True):
+        positions_S[begin:end] = np.arange(end - begin)
+    tokens_S = random.integers(5, 1000, budget.S).astype(np.int32)
+    tokens_S[used:] = TOKENS.pad
+    patches = sum(image[3] * image[4] * image[5] for image in images)
+    pack = Pack(
+        tokens_S=tokens_S,
+        labels_S=np.where(np.arange(budget.S) < used, tokens_S, IGNORE_LABEL).astype(np.int32),
+        positions_S=positions_S,
+        stored=random.integers(0, 256, (patches, GEOMETRY.values_per_patch), np.uint8),
+        images=np.array(images, IMAGE_DTYPE),
+        cost=1000 + seed,
+    )
+    lengths = np.diff(borders).tolist()
+    return pack, [Document(b, n, "made", str(b), 0) for b, n in zip(borders[:-1], lengths, strict=True)]
 
 
 if __name__ == "__main__":

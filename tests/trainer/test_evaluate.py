@@ -96,6 +96,8 @@ def test_wrong_pictures_change_pixels_and_nothing_else(tmp_path: Path) -> None:
     # The first image takes a picture of its own shape: the very patches.
     assert np.array_equal(changed.patches_XP[:8], packs[1].patches_XP)
     assert not np.array_equal(changed.patches_XP[8:], packs[0].patches_XP[8:])
+    # Both pictures lie in row 0: a rank that has row 1 makes none.
+    assert not with_pictures(packs[0], packs, donors[0], GEOMETRY, range(1, 2)).patches_XP.any()
 
 
 def test_a_picture_of_one_colour_keeps_it_when_it_is_resized(tmp_path: Path) -> None:

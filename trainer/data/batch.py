@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from shared.arrays import runs
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry, patch_positions
 from shared.schema import IGNORE_LABEL, Pack
+from trainer.data.pages import populate
 
 
 def _no_ends() -> Tensor:
@@ -242,25 +244,26 @@ def _fill_rows(
 
     Images follow each other without gaps and in the order of rows, so that a row is one run of patches.
     """
-    first, last = np.searchsorted(pack.images["row"], [own.start, own.stop]).tolist()
-    images, patches_i = pack.images[first:last], pack.patches_i
-    begin, patches_i = int(patches_i[:first].sum()), patches_i[first:last]
+    borders = np.searchsorted(pack.images["row"], np.arange(own.start, own.stop + 1)).tolist()
+    first, last = borders[0], borders[-1]
+    images, ends = pack.images[first:last], np.concatenate([[0], np.cumsum(pack.patches_i)])
+    patches_i = np.diff(ends[first : last + 1])
+    if pack.decoder is None:
+        populate(pack.stored[ends[first] : ends[last]])
     sizes = zip(images["t"].tolist(), images["h"].tolist(), images["w"].tolist(), strict=True)
     grids = [_positions(t, h, w, shape.geometry.merge) for t, h, w in sizes]
-    grid_X3 = np.concatenate([np.empty((0, 3), np.int32), *grids])
     ids_X = np.repeat(np.arange(first, last, dtype=np.int32), patches_i)
     size_X2 = np.repeat(np.stack([images["h"], images["w"]], axis=-1), patches_i, axis=0)
-    used_r = np.bincount(images["row"] - own.start, weights=patches_i, minlength=len(own)).astype(np.int64)
-    start = 0
-    for row, used in enumerate(used_r.tolist(), start=at):
-        run = slice(start, start + used)
-        vision.grid_NL3[row, :used] = grid_X3[run]
+    for row, (i, j) in enumerate(pairwise(borders), start=at):
+        begin, end = int(ends[i]), int(ends[j])
+        used, run = end - begin, slice(begin - int(ends[first]), end - int(ends[first]))
+        np.concatenate([_NO_POSITIONS, *grids[i - first : j - first]], out=vision.grid_NL3[row, :used])
         vision.ids_NL[row, :used] = ids_X[run]
         vision.sizes_NL2[row, :used] = size_X2[run]
         if pack.decoder is None:
-            vision.pixels_NLP[row, :used] = pack.stored[begin + start : begin + start + used]
-        vision.pad(row, used)
-        start += used
+            vision.pixels_NLP[row, :used] = pack.stored[begin:end]
+        if used < shape.budget.L:
+            vision.pad(row, used)
     if pack.decoder is None:
         return []
     flat_XP = vision.pixels_NLP.reshape(-1, vision.pixels_NLP.shape[-1])
@@ -271,6 +274,9 @@ def _fill_rows(
     for image, out in enumerate(outs, start=first):
         pack.decode_image(image, out)
     return []
+
+
+_NO_POSITIONS = np.empty((0, 3), np.int32)
 
 
 @lru_cache(maxsize=512)  # shapes of pictures repeat; 12 bytes per patch
