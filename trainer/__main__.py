@@ -19,8 +19,15 @@ from trainer.signals import EXIT_STOPPED, Stopped
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Command -> the module whose `main(argv)` runs it; only that one is imported.
-COMMANDS = {"train": "trainer.train", "eval": "trainer.evaluate", "plan": "trainer.plan"}
-USAGE = "usage: [torchrun ... -m | python -m] trainer {train,eval,plan} ... ; each takes --help"
+COMMANDS = {
+    "train": "trainer.train",
+    "eval": "trainer.evaluate",
+    "plan": "trainer.plan",
+    "import": "trainer.weights.start",
+    "export": "trainer.weights.export",
+    "check-export": "trainer.weights.check",
+}
+USAGE = f"usage: [torchrun ... -m | python -m] trainer {{{','.join(COMMANDS)}}} ... ; each takes --help"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -204,7 +204,7 @@ def load_checkpoint(
 
     def examine() -> tuple[dict[str, Any], dict[str, STORAGE_TYPES]]:
         with failures_named(path, "read"):
-            _verify(path, world)
+            verify_files(path, world.rank, world.size)
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             return state, reader.read_metadata().state_dict_metadata
 
@@ -223,10 +223,10 @@ def load_checkpoint(
     return state
 
 
-def _verify(path: Path, world: World) -> None:
-    """Read every file once, shared out to the ranks: torch would load a flipped bit without noticing."""
+def verify_files(path: Path, rank: int = 0, size: int = 1) -> None:
+    """Read every file once, shared out to `size` ranks: torch would load a flipped bit without noticing."""
     checksums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-    for name in sorted(checksums)[world.rank :: world.size]:
+    for name in sorted(checksums)[rank::size]:
         if (found := file_checksum(path / name)) != checksums[name]:
             raise ValueError(f"{name} has checksum {found}, was written with {checksums[name]}")
 

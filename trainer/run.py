@@ -29,6 +29,7 @@ from trainer.parallel.check import check_layout
 from trainer.parallel.mesh import World
 from trainer.parallel.parallelize import ParallelModel, build_model
 from trainer.parallel.pipeline import Microbatches
+from trainer.weights.load import load_start_weights
 
 # What a resumed run may change, keys or whole sections: none of it says what is learned, or from what.
 MAY_CHANGE = {
@@ -96,9 +97,10 @@ def load_start(config: RunConfig, data: Mixture, parts: Sequence[nn.Module], wor
     Raises:
         UserError: they do not fit; names what differs.
     """
-    if not config.start.run:
-        return []
-    checkpoint = _load_run(Path(config.start.run), config, data, parts, world)
+    start = config.start
+    if not start.run:
+        return load_start_weights(start.encoder, start.decoder, parts, config.model, data.geometry)
+    checkpoint = _load_run(Path(start.run), config, data, parts, world)
     return [f"start     weights of {checkpoint}"]
 
 
