@@ -94,8 +94,8 @@ def test_slots_of_dinov3_stand_beside_the_patches_of_their_frame() -> None:
     config = Dinov3Config(**SIZES, num_registers=1, frames_per_row=3)
     encoder = Dinov3Encoder(config, GEOMETRY.mean, GEOMETRY.std)
     segments = torch.tensor([[0, 0, 1, -1], [-1, -1, -1, -1]], dtype=torch.int32)
-    # 2 slots per frame: frame 0 has 2 patches more, frame 1 one, frame 2 none; padding comes last.
-    expected = [[0, 0, 0, 0, 1, 1, 1, 2, 2, -1], [0, 0, 1, 1, 2, 2, -1, -1, -1, -1]]
+    # 2 slots per frame: frame 0 has 2 patches more, frame 1 one; the slots of frame 2 are padding.
+    expected = [[0, 0, 0, 0, 1, 1, 1, -1, -1, -1], [-1] * 10]
     assert encoder.attention_segments(segments).tolist() == expected
 
 

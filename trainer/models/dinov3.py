@@ -7,8 +7,8 @@ holds is known on the device alone, so every row has slots for `frames_per_row` 
 
     slots of frame 0, patches of frame 0, slots of frame 1, patches of frame 1, .., slots left over, padding
 
-A slot left over sees only those with its number; what comes out is the patches alone, back in their places.
-Frames stay together because attention over a block or a range of a row then skips all others.
+Slots left over are padding; what comes out is the patches alone, back in their places. A frame lies in one run
+because attention by blocks or by ranges of a row then skips all others.
 The contract of encoders, and what they share, is in `trainer.models.vision`.
 """
 
@@ -99,10 +99,11 @@ class Dinov3Encoder(nn.Module):
         return self.norm(take(z_NXE, places_NX[:, slots_NxE.shape[1] :]))
 
     def _slots_before_patches(self, segments_NL: Tensor) -> Tensor:
-        """The frame of every slot, then of every patch."""
-        slots_x = torch.arange(self.frames_per_row, device=segments_NL.device, dtype=segments_NL.dtype)
-        slots_x = slots_x.repeat_interleave(self.slots_per_frame)
-        return torch.cat([slots_x.expand(segments_NL.shape[0], -1), segments_NL], dim=1)
+        """The frame of every slot, then of every patch; -1 for padding."""
+        frame_f = torch.arange(self.frames_per_row, device=segments_NL.device, dtype=segments_NL.dtype)
+        last_N1 = segments_NL.amax(dim=1, keepdim=True)
+        slots_Nx = torch.where(frame_f <= last_N1, frame_f, -1).repeat_interleave(self.slots_per_frame, dim=1)
+        return torch.cat([slots_Nx, segments_NL], dim=1)
 
 
 def frame_order(segments_NX: Tensor) -> Tensor:

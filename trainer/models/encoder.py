@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from trainer.models.aimv2 import Aimv2Config, Aimv2Encoder
 from trainer.models.dinov3 import Dinov3Config, Dinov3Encoder
 from trainer.models.siglip2 import Siglip2Config, Siglip2Encoder
+from trainer.models.vision import frame_segments
+
+__all__ = ["Encoder", "EncoderConfig", "frame_segments", "make_encoder"]
 
 EncoderConfig = Siglip2Config | Aimv2Config | Dinov3Config
 Encoder = Siglip2Encoder | Aimv2Encoder | Dinov3Encoder
