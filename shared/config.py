@@ -101,6 +101,17 @@ def require_at_least(config: Any, minimum: int, *names: str) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {getattr(config, name)}")
 
 
+def require_above_zero(config: Any, *names: str) -> None:
+    """For `__post_init__`: the named fields of a config are above 0.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
+
+
 def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 

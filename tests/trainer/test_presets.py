@@ -113,6 +113,9 @@ def test_a_decoder_has_the_published_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         assert count(Decoder(config)) == count(MODELS[type(theirs)](theirs)) == published
     assert (config.type == "qwen3") == isinstance(theirs, Qwen3Config)
+    # Other heads of another width would give as many parameters.
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
+    assert heads == (theirs.num_attention_heads, theirs.num_key_value_heads, theirs.head_dim)
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -124,6 +127,8 @@ def test_an_encoder_has_the_published_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         ours = count(make_encoder(config, (0.5,) * 3, (0.5,) * 3))
         assert ours + masks == count(MODELS[type(theirs)](theirs))
+    # What does not change the number of parameters.
+    assert (config.num_heads, config.patch_size) == (theirs.num_attention_heads, theirs.patch_size)
     eps = getattr(theirs, "layer_norm_eps", None) or theirs.rms_norm_eps
     assert eps == (config.rms_norm_eps if config.type == "aimv2" else config.layer_norm_eps)
 

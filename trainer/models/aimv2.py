@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from shared.config import require_at_least
+from shared.config import require_above_zero, require_at_least
 from trainer.models.layers import GatedMLP
 from trainer.models.presets import AIMV2
 from trainer.models.vision import (
@@ -22,7 +22,6 @@ from trainer.models.vision import (
     EncoderSizes,
     PatchEmbedding,
     PositionEmbedding,
-    require_above_zero,
 )
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from shared.config import require_at_least
+from shared.config import require_above_zero, require_at_least
 from trainer.attention import attention
 from trainer.models.layers import GatedMLP, Rotation, rotate, rotation_of
 from trainer.models.presets import DECODERS
@@ -75,9 +75,7 @@ class DecoderConfig:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        require_above_zero(self, "rope_theta", "rms_norm_eps")
 
 
 class Decoder(nn.Module):

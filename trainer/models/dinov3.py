@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from shared.config import require_at_least
+from shared.config import require_above_zero, require_at_least
 from trainer.attention import attention
 from trainer.models.layers import GatedMLP, Rotation, rotate, rotation_of
 from trainer.models.presets import DINOV3
-from trainer.models.vision import EncoderSizes, PatchEmbedding, require_above_zero
+from trainer.models.vision import EncoderSizes, PatchEmbedding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

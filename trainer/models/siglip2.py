@@ -12,14 +12,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from shared.config import require_at_least
+from shared.config import require_above_zero, require_at_least
 from trainer.models.presets import SIGLIP2
 from trainer.models.vision import (
     EncoderAttention,
     EncoderSizes,
     PatchEmbedding,
     PositionEmbedding,
-    require_above_zero,
 )
 
 

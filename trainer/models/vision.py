@@ -58,12 +58,6 @@ class EncoderSizes:
         return self.temporal_patch_size * self.patch_size**2 * CHANNELS
 
 
-def require_above_zero(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(config, name)}")
-
-
 def frame_segments(image_ids_NL: Tensor, grid_thw_NL3: Tensor) -> Tensor:
     """Number of each patch's frame in its row, counted 0, 1, .. along the row; -1 at padding. int32 [N, L]."""
     frame_NL2 = torch.stack([image_ids_NL, grid_thw_NL3[..., 0]], dim=-1)
