@@ -173,7 +173,9 @@ def _set(tree: dict[str, Any], cls: type, key: str, values: list[str]) -> None:
             if chosen not in options and after != [tag] and not (presets and after == ["preset"]):
                 others = [name for name in node if name != part]
                 meant = f", or {closest(part, others)}" if others else ""
-                raise UserError(f"{where}: --{key}: set --{'.'.join(parts[: depth + 1])}.{tag} first{meant}")
+                section = "--" + ".".join(parts[: depth + 1])
+                told_by = f"{section}.{tag}" + (f" or {section}.preset" if presets else "")
+                raise UserError(f"{where}: --{key}: set {told_by} first{meant}")
             current = options.get(chosen) or next(iter(options.values()))
         if depth < len(parts) - 1:
             node = node.setdefault(part, {})

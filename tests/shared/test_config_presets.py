@@ -102,7 +102,7 @@ def test_the_saved_config_holds_the_values_and_loads_back_equal(tmp_path: Path) 
             [],
             r"missing key 'shape\.type' \(one of round, square\), or set shape\.preset",
         ),
-        ("", ["--shape.side", "3"], r"--shape\.side: set --shape\.type first"),
+        ("", ["--shape.side", "3"], r"--shape\.side: set --shape\.type or --shape\.preset first"),
         ("", ["--extra.PRESETS", "3"], r"unknown key --extra\.PRESETS"),
         ('[extra.stretch]\npreset = "ball"', [], r"unknown key 'extra\.stretch\.preset'"),
     ],
