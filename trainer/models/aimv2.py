@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.config import require_above_zero, require_at_least
+from trainer.attention import Mask
 from trainer.models.layers import GatedMLP
 from trainer.models.presets import AIMV2
 from trainer.models.vision import (
@@ -72,7 +73,7 @@ class Aimv2Encoder(nn.Module):
         grid_thw_NL3: Tensor,
         image_sizes_NL2: Tensor,
         segments_NL: Tensor,
-        mask: Any,
+        mask: Mask,
     ) -> Tensor:
         z_NLE = self.patch_norm(self.patch_embedding(pixel_values_NLP))
         if self.position_embedding is None:
@@ -93,7 +94,7 @@ class Aimv2Layer(nn.Module):
         self.rms_norm2 = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.ffn = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, z_NLE: Tensor, mask: Any) -> Tensor:
+    def forward(self, z_NLE: Tensor, mask: Mask) -> Tensor:
         z_NLE = z_NLE + self.attention(self.rms_norm1(z_NLE), mask)
         return z_NLE + self.ffn(self.rms_norm2(z_NLE))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.config import require_above_zero, require_at_least
-from trainer.attention import attention
+from trainer.attention import Mask, attention
 from trainer.models.layers import GatedMLP, Rotation, rotate, rotation_of
 from trainer.models.presets import DECODERS
 
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         tied = config.tie_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, h_BSD: Tensor, positions_BS: Tensor, mask: Any) -> Tensor:
+    def forward(self, h_BSD: Tensor, positions_BS: Tensor, mask: Mask) -> Tensor:
         """`mask` is what `trainer.attention` made for this batch, and means nothing here."""
         # Computed in every forward: a buffer would be garbage after `to_empty`, and costs more to keep right.
         frequency_k = rotary_frequencies(
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h_BSD: Tensor, rotation: Rotation, mask: Any) -> Tensor:
+    def forward(self, h_BSD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         h_BSD = h_BSD + self.self_attn(self.input_layernorm(h_BSD), rotation, mask)
         return h_BSD + self.mlp(self.post_attention_layernorm(h_BSD))
 
@@ -142,7 +142,7 @@ class DecoderAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if normed else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if normed else None
 
-    def forward(self, h_BSD: Tensor, rotation: Rotation, mask: Any) -> Tensor:
+    def forward(self, h_BSD: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         # -1, not the number of heads: a tensor-parallel rank holds some of them.
         q_BSHK, k_BSHK, v_BSHK = (
             projection(h_BSD).unflatten(-1, (-1, self.head_dim))

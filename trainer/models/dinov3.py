@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from shared.config import require_above_zero, require_at_least
-from trainer.attention import attention
+from trainer.attention import Mask, attention
 from trainer.models.layers import GatedMLP, Rotation, rotate, rotation_of
 from trainer.models.presets import DINOV3
 from trainer.models.vision import EncoderSizes, PatchEmbedding
@@ -83,7 +83,7 @@ class Dinov3Encoder(nn.Module):
         grid_thw_NL3: Tensor,
         image_sizes_NL2: Tensor,
         segments_NL: Tensor,
-        mask: Any,
+        mask: Mask,
     ) -> Tensor:
         order_NX = frame_order(self._slots_before_patches(segments_NL))
         z_NLE = self.patch_embedding(pixel_values_NLP)
@@ -135,7 +135,7 @@ class Dinov3Layer(nn.Module):
         self.mlp = mlp(config.hidden_size, config.intermediate_size, bias=True)
         self.layer_scale2 = LayerScale(config.hidden_size)
 
-    def forward(self, z_NXE: Tensor, rotation: Rotation, mask: Any) -> Tensor:
+    def forward(self, z_NXE: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         z_NXE = z_NXE + self.layer_scale1(self.attention(self.norm1(z_NXE), rotation, mask))
         return z_NXE + self.layer_scale2(self.mlp(self.norm2(z_NXE)))
 
@@ -150,7 +150,7 @@ class Dinov3Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, z_NXE: Tensor, rotation: Rotation, mask: Any) -> Tensor:
+    def forward(self, z_NXE: Tensor, rotation: Rotation, mask: Mask) -> Tensor:
         q_NXHK, k_NXHK, v_NXHK = (
             projection(z_NXE).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)

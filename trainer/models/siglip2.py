@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from shared.config import require_above_zero, require_at_least
+from trainer.attention import Mask
 from trainer.models.presets import SIGLIP2
 from trainer.models.vision import (
     EncoderAttention,
@@ -64,7 +65,7 @@ class Siglip2Encoder(nn.Module):
         grid_thw_NL3: Tensor,
         image_sizes_NL2: Tensor,
         segments_NL: Tensor,
-        mask: Any,
+        mask: Mask,
     ) -> Tensor:
         z_NLE = self.patch_embedding(pixel_values_NLP)
         z_NLE = z_NLE + self.position_embedding(grid_thw_NL3, image_sizes_NL2).to(z_NLE.dtype)
@@ -81,7 +82,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = EncoderMLP(config)
 
-    def forward(self, z_NLE: Tensor, mask: Any) -> Tensor:
+    def forward(self, z_NLE: Tensor, mask: Mask) -> Tensor:
         z_NLE = z_NLE + self.self_attn(self.layer_norm1(z_NLE), mask)
         return z_NLE + self.mlp(self.layer_norm2(z_NLE))
 

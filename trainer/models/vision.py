@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from torch.nn.functional import pad
 
 from shared.config import require_at_least
 from shared.geometry import CHANNELS
-from trainer.attention import attention
+from trainer.attention import Mask, attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +139,7 @@ class EncoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
 
-    def forward(self, z_NLE: Tensor, mask: Any) -> Tensor:
+    def forward(self, z_NLE: Tensor, mask: Mask) -> Tensor:
         q_NLHK, k_NLHK, v_NLHK = (
             projection(z_NLE).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
