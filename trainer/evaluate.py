@@ -96,7 +96,7 @@ def evaluate_model(model: ParallelModel, data: Mixture, config: RunConfig, world
         data,
         config.eval,
         world,
-        row_part=world.vision_parts,
+        row_part=world.row_part,
         frames_per_row=config.encoder.frames_per_row,
         # A schedule has a fixed number of microbatches.
         microbatches=config.batch.accumulation(world.dp_size) if pipelined else 1,

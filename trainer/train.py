@@ -125,7 +125,7 @@ def start_run(config: RunConfig, data: Mixture, world: World, console: Console) 
         device=world.device,
         start_step=start_step,
         decode_threads=config.decode_threads,
-        row_part=world.vision_parts,
+        row_part=world.row_part,
         frames_per_row=config.encoder.frames_per_row,
     )
     run = Run(

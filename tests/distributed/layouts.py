@@ -63,12 +63,12 @@ def model_config(layout: Layout) -> ModelConfig:
 def own_rows(batch: Batch, part: tuple[int, int]) -> Batch:
     """The batch with this rank's vision rows, the obvious way: all rows padded to a multiple, and a slice."""
     index, count = part
-    rows = -(-len(batch.image_ids_NL) // count)
+    rows = -(-len(batch.image_ids_NL) // count) if count else 0
     cut = {}
     for name in ("pixel_values_NLP", "grid_thw_NL3", "image_ids_NL", "image_sizes_NL2"):
         tensor = getattr(batch, name)
         fill = 0 if name == "pixel_values_NLP" else -1
-        padding = tensor.new_full((rows * count - len(tensor), *tensor.shape[1:]), fill)
+        padding = tensor.new_full((max(rows * count - len(tensor), 0), *tensor.shape[1:]), fill)
         cut[name] = torch.cat([tensor, padding])[index * rows : (index + 1) * rows]
     return dataclasses.replace(batch, **cut)
 
@@ -78,7 +78,7 @@ def microbatches(world: World, packs_per_microbatch: int) -> list[Batch]:
     count = len(PACKS) // world.dp_size
     own = PACKS[world.dp_rank * count : (world.dp_rank + 1) * count]
     groups = [own[i : i + packs_per_microbatch] for i in range(0, count, packs_per_microbatch)]
-    return [own_rows(two_sources(make_batch(group, BUDGET)), world.vision_parts) for group in groups]
+    return [own_rows(two_sources(make_batch(group, BUDGET)), world.row_part) for group in groups]
 
 
 def two_sources(batch: Batch) -> Batch:

@@ -77,14 +77,15 @@ class BatchShape:
     geometry: Geometry
     pad_token: int
     row_part: tuple[int, int] = (0, 1)
-    """(index, count): the vision rows are divided among `count` ranks, this one has part `index`."""
+    """(index, count): the vision rows are divided among `count` ranks, this one has part `index`; of 0, it has none."""
     frames_per_row: int | None = None
     """Frames that the encoder has slots for in a vision row; None: any number."""
 
     @property
     def rows(self) -> int:
         """R: vision rows of this rank; what B*N has not is padding, on the last ranks."""
-        return -(-self.packs * self.budget.N // self.row_part[1])
+        parts = self.row_part[1]
+        return -(-self.packs * self.budget.N // parts) if parts else 0
 
     def rows_of_pack(self, b: int) -> range:
         """The rows of pack `b`, numbered within it, that this rank has."""

@@ -141,15 +141,17 @@ class World:
         return self.axis_rank("dp_replicate") * self.axis_size("dp_shard") + self.axis_rank("dp_shard")
 
     @property
-    def vision_parts(self) -> tuple[int, int]:
-        """(index, count): which share of the vision rows of its packs this rank encodes."""
+    def row_part(self) -> tuple[int, int]:
+        """(index, count): which share of the vision rows of its packs this rank encodes; a later stage has none."""
+        if self.pp_rank > 0:
+            return 0, 0
         index = self.cp_rank * self.tp_size + self.tp_rank
         return index, self.cp_size * self.tp_size
 
     @property
     def is_counting(self) -> bool:
         """True on one rank of those that share packs: only it adds what it counts of them to a sum over all."""
-        return self.pp_rank == 0 and self.vision_parts[0] == 0
+        return self.pp_rank == self.cp_rank == self.tp_rank == 0
 
     @property
     def loss_factor(self) -> int:
