@@ -25,15 +25,18 @@ def named_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of this rank; without an optimizer those of the model alone."""
     tensors: dict[str, Tensor] = {}
+    trained = 0
     for part in parts:
-        # First of all: FSDP then frees the whole parameters that a forward without backward leaves behind.
+        # First of all: FSDP then gives back the shards in place of what a forward without backward has gathered.
         values = {MODEL + name: value for name, value in part.state_dict().items()}
         assert tensors.keys().isdisjoint(values), "two parts of the model share a name"
         tensors |= values
         if optimizer is not None:
             for name, parameter in part.named_parameters():
                 moments = optimizer.state.get(parameter, {})
+                trained += bool(moments)
                 tensors |= {f"{OPTIMIZER}{name}.{key}": value for key, value in moments.items()}
+    assert optimizer is None or trained == len(optimizer.state), "the optimizer trains what is in no part"
     return tensors | {EXTRA + name: value for name, value in extra.items()}
 
 
