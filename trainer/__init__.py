@@ -6,6 +6,7 @@
     parallel/   processes and sharding, from outside the model     attention   masks and backends
     optim       AdamW, schedule, clipping                          checkpoint  complete or absent
     evaluate    validation loss and vision gain                    metrics     console, JSONL, TensorBoard
+    signals     a run that is asked to stop, and exit codes
 
 Imports torch and `shared`; never ray, a tokenizer, or the other stage.
 """

@@ -8,6 +8,10 @@
 A launcher sends SIGTERM to every process that it started, a scheduler sends SIGUSR1 some time before it takes the
 machines back. The signal may reach one rank alone or reach two in different steps: the loop adds the `wanted` of
 all ranks once per step, on the host, and all stop after the same one.
+
+torchrun itself ends with 1 then and shows the 75 of its workers in its report. After a signal of its own it kills
+what is still there after 30 seconds (`--shutdown-timeout`, where torch has it); SIGUSR1 it passes on only with
+`--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1` and dies of it otherwise.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from trainer.signals import EXIT_STOPPED, SIGNALS, listen
 
 STEPS = 6
 EXACT = ("step", "labels", "tokens", "patches", "loss", "grad_norm", "lr")
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_a_process_that_is_asked_to_stop_writes_a_checkpoint_and_ends_with_75(
 @pytest.mark.parametrize("to", ["launcher", "one worker"])
 def test_under_torchrun_all_ranks_stop_after_the_same_step(tmp_path: Path, words: list[str], to: str) -> None:
     command, run = [*words, *LONG_RUN], tmp_path / "run"
-    process = popen([*TORCHRUN, str(free_port()), "-m", "trainer", *command, "--out", str(run)])
+    process = popen([*TORCHRUN, "-m", "trainer", *command, "--out", str(run)])
     wait_for_rows(run, 5, process)
     if to == "launcher":
         process.send_signal(signal.SIGTERM)
@@ -219,7 +219,7 @@ def test_under_torchrun_all_ranks_stop_after_the_same_step(tmp_path: Path, words
 @pytest.mark.slow
 def test_torchrun_sends_a_signal_on_when_it_is_told_to(tmp_path: Path, words: list[str]) -> None:
     command, run = [*words, *LONG_RUN], tmp_path / "run"
-    launcher = [*TORCHRUN, str(free_port()), "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    launcher = [*TORCHRUN, "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     process = popen([*launcher, "-m", "trainer", *command, "--out", str(run)])
     wait_for_rows(run, 5, process)
     process.send_signal(signal.SIGUSR1)
@@ -279,7 +279,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_as_if_nothing_had_b
     command, run = [*words, *KILLED], tmp_path / "run"
 
     def start() -> subprocess.Popen[str]:
-        launcher = [] if processes == 1 else [*TORCHRUN, str(free_port())]
+        launcher = [] if processes == 1 else TORCHRUN
         return popen([*launcher, "-m", "trainer", *command, "--out", str(run)])
 
     kill_until_done(run, start, after_rows)
