@@ -31,15 +31,11 @@ from trainer.parallel.parallelize import ParallelModel, build_model
 from trainer.parallel.pipeline import Microbatches
 from trainer.weights.load import load_start_weights
 
-# What a resumed run may change, keys or whole sections: none of it says what is learned, or from what.
+# What a resumed run may change, keys or whole sections: where things are (run.json knows which data, and in which
+# shares), how long it trains, what it keeps and reports, and on what it computes. Never what is learned.
 MAY_CHANGE = {
-    *(
-        "dataset",
-        "mixture",
-        "out",
-        "start",
-    ),  # where things are; run.json knows which data, and in which shares
-    *("steps", "checkpoint", "eval", "log", "profile"),  # how long it trains, what it keeps and reports
+    *("dataset", "mixture", "out", "start"),
+    *("steps", "checkpoint", "eval", "log", "profile"),
     *("device", "parallel", "compute", "decode_threads", "batch.packs_per_microbatch"),
 }
 # The sections that say what the weights compute.

@@ -44,6 +44,11 @@ def make(mesh: Any) -> tuple[nn.Module, torch.optim.AdamW]:
     return model, optimizer
 
 
+def shard_mesh(world: World) -> Any:
+    assert world.mesh is not None
+    return world.mesh["dp_shard"]
+
+
 def fill(tensors: dict[str, Tensor], step: int) -> None:
     for tensor in tensors.values():
         (tensor.to_local() if isinstance(tensor, DTensor) else tensor).fill_(step)
@@ -74,7 +79,7 @@ class Killer:
 def save_steps(directory: Path, trial: dict[str, Any]) -> list[str]:
     """Save step 1 whole, then 2, 3, ..; the rank of the trial dies at its touch `at` of a file while it saves 2."""
     with open_world("cpu", "float32") as world:
-        model, optimizer = make(world.mesh)
+        model, optimizer = make(shard_mesh(world))
         tensors = named_tensors([model], optimizer, {})
         killer = Killer(directory, trial["at"] if world.rank == trial["rank"] else 0)
         with Checkpointer(directory, world, keep=1) as checkpointer:
@@ -92,7 +97,7 @@ def save_steps(directory: Path, trial: dict[str, Any]) -> list[str]:
 def save_in_place(directory: Path, trial: dict[str, Any]) -> list[str]:
     """What torch does by itself, into one directory. Rank 1 dies when rank 0 has written its part of step 2."""
     with open_world("cpu", "float32") as world:
-        model, optimizer = make(world.mesh)
+        model, optimizer = make(shard_mesh(world))
         tensors = named_tensors([model], optimizer, {})
         killer = Killer(directory / "__1_0.distcp", 1 if world.rank == 1 else 0, pause_s=2)
         for step in (1, 2):

@@ -20,9 +20,11 @@ from tests.trainer.datasets import write_dataset
 from tests.trainer.test_train import BUDGET, CONFIG, PACKS
 from trainer import train
 from trainer.__main__ import main
+from trainer.data.loader import Step
 from trainer.signals import EXIT_STOPPED, SIGNALS, listen
 
 STEPS = 6
+LAYOUTS = {"cp2": ["--parallel.cp", "2"], "tp2": ["--parallel.tp", "2"], "pp2": ["--parallel.pp", "2"]}
 EXACT = ("step", "labels", "tokens", "patches", "loss", "grad_norm", "lr")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -38,7 +40,15 @@ def words(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[str]:
     """A train command; `--out DIRECTORY` is still to be said."""
     config = tmp_path_factory.mktemp("config") / "config.toml"
     config.write_text(CONFIG)
-    return ["train", str(config), "--dataset", str(dataset), "--batch.packs-per-microbatch", "1"]
+    divisible = [
+        "--decoder.num-layers",
+        "2",
+        "--decoder.num-kv-heads",
+        "2",
+        "--decoder.tie-embeddings",
+        "false",
+    ]
+    return ["train", str(config), "--dataset", str(dataset), "--batch.packs-per-microbatch", "1", *divisible]
 
 
 def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -63,10 +73,11 @@ def stop_after(step: int, rank: int, words: Sequence[str]) -> int:
     """Train until one rank has got SIGUSR1 in the middle of a step; returns the exit code."""
     original = train.train_step
 
-    def interrupted(model: Any, optimizer: Any, each: Any, *rest: Any, **settings: Any) -> Any:
+    def interrupted(*words: Any, **settings: Any) -> Any:
+        [each] = [word for word in words if isinstance(word, Step)]
         if each.index + 1 == step and int(os.environ.get("RANK", "0")) == rank:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return original(model, optimizer, each, *rest, **settings)
+        return original(*words, **settings)
 
     train.train_step = interrupted
     try:
@@ -92,7 +103,7 @@ def train_each(ports: Sequence[int], runs: Sequence[list[str]]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
-    """`1` and `2`: whole runs. `1-1`, `1-2`, `2-1`, `2-2`: stopped after 3 steps, resumed by the second number."""
+    """`1` and `2`: whole runs. `FROM-TO`: stopped after 3 steps by FROM processes, resumed by TO of them or so."""
     root = tmp_path_factory.mktemp("runs")
 
     def out(name: str) -> list[str]:
@@ -106,10 +117,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
         half = root / f"{number}-{number}"
         assert checkpoints(half) == ["step_00000003"] and [row["step"] for row in rows(half)] == [1, 2, 3]
         shutil.copytree(half, root / f"{number}-{other}")
+        for layout in LAYOUTS if number == "1" else ():
+            shutil.copytree(half, root / f"1-{layout}")
     for name in ("1-1", "2-1"):
         assert main(out(name)) == 0
-    two = launch(train_each, 2, [free_port(), free_port()], [out("1-2"), out("2-2")])
-    assert two == [[0, 0]] * 2
+    resumed = [out("1-2"), out("2-2"), *([*out(f"1-{name}"), *words] for name, words in LAYOUTS.items())]
+    two = launch(train_each, 2, [free_port() for _ in resumed], resumed)
+    assert two == [[0] * len(resumed)] * 2
     return root
 
 
@@ -120,12 +134,12 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit_on_the_same_layout(runs: Pat
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", ["1-2", "2-1"])
-def test_a_run_goes_on_with_equal_loss_on_another_number_of_processes(runs: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["1-2", "2-1", *(f"1-{layout}" for layout in LAYOUTS)])
+def test_a_run_goes_on_with_equal_loss_on_another_layout(runs: Path, name: str) -> None:
     for resumed, whole in zip(rows(runs / name), rows(runs / name[0]), strict=True):
         assert [resumed[key] for key in EXACT[:4]] == [whole[key] for key in EXACT[:4]]
         assert abs(resumed["loss"] - whole["loss"]) < 1e-5
-    assert exact(runs / name)[3:] != exact(runs / name[0])[3:], "the other number of processes did not run"
+    assert exact(runs / name)[3:] != exact(runs / name[0])[3:], "the other layout did not run"
 
 
 # ---- signals to real processes
