@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +25,12 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry, resize_grid
 from tests.trainer.batches import Picture
-from tests.trainer.datasets import TOKENS, write_dataset
+from tests.trainer.datasets import TOKENS, make_pack, spans_of, write_dataset
 from trainer.__main__ import main
 from trainer.data.mixture import Mixture, open_mixture
 from trainer.models.dinov3 import Dinov3Config
 from trainer.run import load_run_config
-from trainer.weights.check import check_export
+from trainer.weights.check import check_export, read_samples
 from trainer.weights.export import export_run, exportable_encoder
 from trainer.weights.guide import describe_inputs, transformers_resizes
 
@@ -177,6 +179,19 @@ def test_the_check_is_a_command_with_an_exit_code(
     assert "same: largest difference" in capsys.readouterr().out
     assert main(["check-export", str(directory / "qwen3"), str(exported)]) == 2
     assert "is not the model of run" in capsys.readouterr().err
+
+
+def test_documents_that_only_the_reference_gets_wrong_are_passed_over() -> None:
+    """One patch wide and several high: see read_samples. One patch alone, and one row, are right."""
+    pack, entries = make_pack([[Picture(4, 2), 7], [Picture(2, 2), 8], [9, 10], [Picture(2, 4), 11]], BUDGET)
+    images = pack.images.copy()
+    images["h"], images["w"] = (8, 1, 1), (1, 1, 8)
+    narrow: Any = SimpleNamespace(
+        num_packs=lambda split: 1,
+        pack=lambda split, number: replace(pack, images=images),
+        document_spans=lambda split, number: spans_of(entries),
+    )
+    assert [sample.images for sample in read_samples(narrow, "validation")] == [[1], [], [2]]
 
 
 def test_without_transformers_the_check_says_what_to_install(
