@@ -15,7 +15,7 @@ from shared.config import load_config
 from shared.errors import UserError
 from trainer.checkpoint import Checkpointer, complete_checkpoints
 from trainer.config import RunConfig, StartConfig
-from trainer.metrics import Console
+from trainer.console import Console
 from trainer.parallel.mesh import World, open_world
 from trainer.run import checkpoint_directory, hold_run, open_data
 from trainer.train import start_run
