@@ -15,8 +15,9 @@ batches       what the loader holds on the device
 Kept of a layer per position, in values of the dtype (D width, Q and KV values of queries and keys, F inner width):
 
     none        two inputs of norms, two outputs of norms, queries, keys, values, attention's output, 4 F (gated) or
-                2 F of the MLP; Q + KV more where heads are normalized. Keys and values as attention takes them:
-                repeated for each query head but by flex, and those of all ranks under context parallelism
+                2 F of the MLP; Q + KV more where heads are normalized, 2 D where layers are scaled. Keys and
+                values as attention takes them: repeated for each query head but by flex, and those of all
+                ranks under context parallelism
     selective   the input, attention's output, and outputs of products that are not wider than their input
     full        the input
 
@@ -57,6 +58,8 @@ class LayerSizes:
     heads: int
     gated: bool
     normed_heads: bool
+    scaled: bool
+    """What attention and MLP give is multiplied by learned factors."""
     parameters: int
 
 
@@ -73,6 +76,7 @@ def layer_sizes(layer: nn.Module) -> LayerSizes:
         heads=linears["q_proj"].out_features // head_dim,
         gated="gate_proj" in linears,
         normed_heads=any(name.endswith("q_norm") and m is not None for name, m in layer.named_modules()),
+        scaled=any("layer_scale" in name for name, _ in layer.named_parameters()),
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
     )
 
@@ -110,7 +114,7 @@ def kept_bytes(sizes: LayerSizes, mode: Recompute, division: Division) -> float:
         return values * division.value_bytes + softmax
     attended = 2 * division.cp * (q if division.repeated_keys else kv)
     values = 2 * residual + 2 * d + 2 * q + attended + (4 if sizes.gated else 2) * f
-    values += q + kv if sizes.normed_heads else 0
+    values += (q + kv if sizes.normed_heads else 0) + (2 * d if sizes.scaled else 0)
     return values * division.value_bytes + softmax
 
 
@@ -124,6 +128,8 @@ class Positions:
     """B * S: text tensors are whole on every rank."""
     patches: int
     """Vision rows of this rank * L."""
+    encoder_positions: int
+    """Likewise, with the class and register tokens of an encoder that has them."""
     patch_values: int
     """P"""
     microbatches: int
@@ -216,7 +222,7 @@ class _Layer:
         self.gradients = not vision or any(p.requires_grad for p in root.parameters())
 
     def kept(self, mode: Recompute, positions: Positions) -> float:
-        here = positions.patches if self.vision else positions.tokens
+        here = positions.encoder_positions if self.vision else positions.tokens
         return kept_bytes(self.sizes, mode, self.division) * here
 
     def working(self, mode: Recompute, positions: Positions) -> float:
@@ -224,7 +230,7 @@ class _Layer:
         inner = (
             (3 if self.sizes.gated else 2) * self.sizes.inner / self.division.tp * self.division.value_bytes
         )
-        here = positions.patches if self.vision else positions.tokens
+        here = positions.encoder_positions if self.vision else positions.tokens
         return inner * here + (self.kept("none", positions) if mode != "none" else 0.0)
 
 

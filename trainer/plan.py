@@ -165,7 +165,8 @@ def memory_of_ranks(config: RunConfig, budget: Budget, gpus: int) -> Iterator[tu
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1,
         repeated_keys=config.compute.backend(config.device) != "flex",
     )
-    stages = stage_layers(count, parallel)
+    rows = -(-packs * budget.N // (parallel.cp * parallel.tp))
+    stages, whole = stage_layers(count, parallel), meta_model(config)
     for rank in range(parallel.pp):
         own = stages[rank :: parallel.pp]
         parts = [meta_model(config) for _ in own]
@@ -174,7 +175,8 @@ def memory_of_ranks(config: RunConfig, budget: Budget, gpus: int) -> Iterator[tu
         positions = Positions(
             tokens=packs * budget.S // parallel.cp,
             all_tokens=packs * budget.S,
-            patches=-(-packs * budget.N // (parallel.cp * parallel.tp)) * budget.L,
+            patches=rows * budget.L,
+            encoder_positions=rows * positions_per_row(whole, budget.L),
             patch_values=config.encoder.values_per_patch,
             microbatches=accumulation,
             in_flight=microbatches_in_flight(rank, parallel.pp, parallel.stages_per_rank, accumulation),
@@ -186,6 +188,13 @@ def memory_of_ranks(config: RunConfig, budget: Budget, gpus: int) -> Iterator[tu
             "shard": round(sum(held_values(n, p, parallel.tp) / num_shards(n, axes) for n, p in named)),
         }
         yield holds, rank_memory(parts, axes, config.compute.recompute, division, positions)
+
+
+def positions_per_row(whole: VisionLanguageModel, length: int) -> int:
+    """Of a vision row of `length` patches inside the encoder."""
+    assert whole.encoder is not None
+    segments_NL = torch.empty(1, length, dtype=torch.int32, device="meta")
+    return whole.encoder.attention_segments(segments_NL).shape[1]
 
 
 def microbatches_in_flight(rank: int, pp: int, stages_per_rank: int, count: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shared.geometry import Budget
 from tests.trainer.batches import GEOMETRY, Picture, make_batch, tiny_config
+from trainer.attention import segment_mask
 from trainer.data.counts import Counts
 from trainer.flops import ModelFlops, model_flops, peak_flops, peak_flops_of
+from trainer.models.aimv2 import Aimv2Config
 from trainer.models.init import init_parameters
+from trainer.models.vision import frame_segments
 from trainer.models.vlm import VisionLanguageModel
 from trainer.optim import PARTS, freeze
 
@@ -59,6 +64,28 @@ def test_flops_of_forward_and_backward_are_what_torch_counts(trained: list[str],
     # Resizing the table of positions, which is not counted: 4 * 4 entries of 16 values per patch, and its gradient.
     table = 2 * 4 * 4 * 16 * PATCHES * (2 if "encoder" in trained else 1)
     assert total == ours + table
+
+
+def test_a_gated_encoder_takes_what_torch_counts() -> None:
+    encoder = Aimv2Config(hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, patch_size=2)
+    config = replace(tiny_config(), encoder=encoder)
+    model = VisionLanguageModel(config, GEOMETRY)
+    init_parameters(model, config, seed=0)
+    assert model.encoder is not None
+    batch = make_batch(PACKS, BUDGET)
+    segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
+    mask = segment_mask(segments_NL, "sdpa")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        z_NLE = model.encoder(
+            batch.pixel_values_NLP, batch.grid_thw_NL3, batch.image_sizes_NL2, segments_NL, mask
+        )
+        z_NLE.sum().backward()
+    rates = model_flops(model, merge=2)
+    projector = 6 * (64 * 32 + 32 * 24) / 4  # which is not run here
+    assert (
+        counter.get_total_flops()
+        == (rates.per_patch - projector) * PATCHES + rates.per_patch_pair * 4 * 16**2
+    )
 
 
 def test_a_trained_model_takes_three_times_its_forward_and_a_frozen_encoder_one() -> None:

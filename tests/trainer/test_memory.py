@@ -14,7 +14,10 @@ from torch.utils._pytree import tree_leaves
 from shared.geometry import Budget
 from tests.trainer.batches import GEOMETRY, Picture, make_batch
 from trainer.memory import Division, Positions, kept_bytes, layer_sizes, rank_memory
+from trainer.models.aimv2 import Aimv2Config
 from trainer.models.decoder import DecoderConfig, DecoderLayer
+from trainer.models.dinov3 import Dinov3Config
+from trainer.models.encoder import EncoderConfig, make_encoder
 from trainer.models.init import init_parameters
 from trainer.models.layers import rotation_of
 from trainer.models.projector import ProjectorConfig
@@ -75,6 +78,41 @@ def test_a_decoder_layer_keeps_what_the_formula_says(mode: Recompute, changes: d
         # RMSNorm on a CPU keeps its input divided by the root mean square too, which CUDA's kernel does not.
         normed = 2 * 64 + (sizes.queries + sizes.keys if sizes.normed_heads else 0)
         expected += 4 * normed * length
+    assert kept == pytest.approx(expected, rel=0.1)
+
+
+ENCODER = {"hidden_size": 64, "intermediate_size": 160, "num_layers": 1, "num_heads": 4, "patch_size": 2}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("config", "rms_norms"),
+    [
+        (Siglip2Config(**ENCODER, position_grid=2), False),
+        (Aimv2Config(**ENCODER), True),
+        (Dinov3Config(**ENCODER), False),
+        (Dinov3Config(**ENCODER, gated_mlp=True), False),
+    ],
+    ids=["siglip2", "aimv2", "dinov3", "dinov3-gated"],
+)
+def test_an_encoder_layer_keeps_what_the_formula_says(
+    mode: Recompute, config: EncoderConfig, rms_norms: bool
+) -> None:
+    length = 256
+    [layer] = make_encoder(config, [0.5] * 3, [0.5] * 3).layers.values()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    checkpoint_layer(layer, mode)
+    rotation = [rotation_of(torch.rand(1, length, 8))] if config.type == "dinov3" else []
+    z_NLE = torch.rand(1, length, 64, requires_grad=True)
+    mask = torch.zeros(1, 1, length, length)
+    with Allocations() as allocations:
+        before = z_NLE * 1
+        out = layer(before, *rotation, mask)
+        kept = allocations.alive() - out.nbytes
+    expected = kept_bytes(layer_sizes(layer), mode, FLOAT32) * length
+    if mode == "none" and rms_norms:
+        expected += 4 * 2 * 64 * length  # as above
     assert kept == pytest.approx(expected, rel=0.1)
 
 
@@ -183,6 +221,7 @@ def positions(budget: Budget, **changes: Any) -> Positions:
         "tokens": budget.S,
         "all_tokens": budget.S,
         "patches": budget.N * budget.L,
+        "encoder_positions": budget.N * budget.L,
         "patch_values": GEOMETRY.values_per_patch,
         "microbatches": 1,
     }

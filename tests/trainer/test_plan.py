@@ -20,13 +20,20 @@ from tests.trainer.datasets import write_dataset
 from trainer.config import RunConfig
 from trainer.flops import model_flops
 from trainer.memory import Division, Positions, rank_memory
-from trainer.plan import main, memory_of_ranks, meta_model, microbatches_in_flight, plan_run
+from trainer.plan import (
+    main,
+    memory_of_ranks,
+    meta_model,
+    microbatches_in_flight,
+    plan_run,
+    positions_per_row,
+)
 
 BUDGET = Budget(S=32, N=2, L=16)
 WORDS = (
     "--dataset data --out runs/x --steps 200 --dtype bfloat16 --encoder.type siglip2 --encoder.hidden-size 16 "
     "--encoder.intermediate-size 32 --encoder.num-layers 2 --encoder.num-heads 2 --encoder.patch-size 2 "
-    "--encoder.position-grid 4 --projector.hidden-size 32 --decoder.vocab-size 40 --decoder.hidden-size 32 "
+    "--projector.hidden-size 32 --decoder.vocab-size 40 --decoder.hidden-size 32 "
     "--decoder.intermediate-size 48 --decoder.num-layers 4 --decoder.num-heads 4 --decoder.num-kv-heads 2 "
     "--decoder.head-dim 8 --decoder.tie-embeddings false --batch.packs-per-step 16"
 ).split()
@@ -69,7 +76,9 @@ def test_a_plan_counts_the_step_and_what_each_rank_holds() -> None:
     [rank] = plan["memory"]
     division = Division(value_bytes=2, tp=2, cp=2, sequence_parallel=True)
     # Half a pack of tokens; 2 rows on 4 ranks of cp and tp are one each, of which two are padding.
-    positions = Positions(tokens=16, all_tokens=32, patches=16, patch_values=12, microbatches=8)
+    positions = Positions(
+        tokens=16, all_tokens=32, patches=16, encoder_positions=16, patch_values=12, microbatches=8
+    )
     memory = rank_memory([whole], plan["axes"], "none", division, positions)
     assert rank["bytes"] == {**asdict(memory), "total": memory.total}
     assert "2 vision rows of a microbatch on 4 ranks" in plan["note"]
@@ -79,6 +88,13 @@ def test_a_plan_counts_the_step_and_what_each_rank_holds() -> None:
     vision = sum(plan["parameters"][part] for part in ("encoder", "projector"))
     assert rank["parameters"] == vision + halves + vectors
     assert rank["shard"] == round(vision / 8 + (halves + vectors) / 4)
+
+
+def test_class_and_register_tokens_are_positions_of_the_encoder() -> None:
+    config = config_of("--encoder.type", "dinov3", "--encoder.frames-per-row", "3")
+    # A class token and four registers for each of 3 frames.
+    assert positions_per_row(meta_model(config), 16) == 16 + 3 * 5
+    assert positions_per_row(meta_model(config_of()), 16) == 16
 
 
 def test_stages_of_a_pipeline_hold_their_parts_and_the_first_has_most_in_flight() -> None:
