@@ -102,7 +102,7 @@ def rows_of_two_ranks() -> list[dict[str, Any]]:
     dist.init_process_group("gloo")
     try:
         world = make_world(dist.get_rank(), 2, torch.device("cpu"), ParallelConfig())
-        mine = [stats(step, share=0.25 + 0.5 * world.rank, wait_s=0.5 * world.rank) for step in (1, 2)]
+        mine = [stats(step, share=0.25 + 0.5 * world.rank, wait_s=0.25 * (1 + world.rank)) for step in (1, 2)]
         return read_rows(mine, 2.0, world, MEASURES)
     finally:
         dist.destroy_process_group()
