@@ -27,7 +27,7 @@ def test_the_arithmetic_of_a_run_is_printed() -> None:
     lines = lines_of(config)
     assert lines["data"] == "data set  data: 9 packs"
     assert lines["packs"] == "packs     of S 32, N 2 x L 16"
-    assert "; trained: projector, decoder; 0.04 M on a rank" in lines["model"]
+    assert "; trained: projector, decoder; 0.05 M on a rank" in lines["model"]
     assert lines["device"] == "device    1 process on cpu, bfloat16, attention sdpa, recompute full"
     assert lines["batch"] == (
         "batch     16 packs = 1 per microbatch x 16 accumulated x 1 ranks: room for 512 tokens and 512 patches"
