@@ -19,7 +19,7 @@ def run_trials(directory: Path, trials: list[dict[str, Any]]) -> list[dict[str, 
         [sys.executable, "-m", "tests.distributed.killing", str(directory), json.dumps(trials)],
         capture_output=True,
         text=True,
-        timeout=20 + 15 * len(trials),
+        timeout=120 + 15 * len(trials),
     )
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
