@@ -21,6 +21,7 @@ from trainer.models.vlm import ModelConfig
 from trainer.optim import PARTS, OptimizerConfig, ScheduleConfig
 from trainer.parallel.mesh import ParallelConfig
 from trainer.parallel.parallelize import ComputeConfig
+from trainer.profile import ProfileConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +122,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "decode_threads")

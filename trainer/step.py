@@ -20,6 +20,7 @@ from trainer.guard import Guard, update_weights
 from trainer.metrics import StepStats
 from trainer.parallel.mesh import World
 from trainer.parallel.parallelize import ParallelModel
+from trainer.profile import named
 
 
 def train_step(
@@ -38,9 +39,10 @@ def train_step(
         model, step.microbatches, world,
         num_labels=counts.labels, num_sources=len(counts.labels_per_source),
     )  # fmt: skip
-    part_norms = clip_gradients(model.parts, world, max_grad_norm)
-    skipped = guard.judge(total_norm(part_norms))
-    update_weights(optimizer, lr, skipped)
+    with named("optimizer"):
+        part_norms = clip_gradients(model.parts, world, max_grad_norm)
+        skipped = guard.judge(total_norm(part_norms))
+        update_weights(optimizer, lr, skipped)
     return StepStats(
         step=step.index + 1,
         source_nll=source_nll,

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shared.config import load_config
+from shared.config import load_config, to_dict
 from shared.errors import UserError
 from trainer.checkpoint import Checkpointer, load_checkpoint, remove_incomplete
 from trainer.config import RunConfig
+from trainer.console import Console
 from trainer.data.loader import Loader
 from trainer.data.mixture import Mixture
+from trainer.describe import describe_run, measures_of_run
 from trainer.evaluate import Values, check_split, describe, evaluate_model
-from trainer.guard import Guard
-from trainer.metrics import Console, Reporter, first_diverged, is_finite
+from trainer.guard import Guard, check_skipped
+from trainer.metrics import Reporter
 from trainer.optim import lr_factor, make_optimizer
-from trainer.parallel.mesh import AXES, World, open_world
+from trainer.parallel.mesh import World, open_world
 from trainer.parallel.parallelize import ParallelModel
+from trainer.profile import Profiler, named
 from trainer.run import (
     check_model,
     checkpoint_directory,
@@ -42,6 +45,7 @@ from trainer.run import (
 )
 from trainer.signals import Stopped, StopRequest, listen
 from trainer.step import train_step
+from trainer.trackers import is_finite
 
 
 def main(argv: Sequence[str]) -> None:
@@ -68,9 +72,11 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
             Path(config.out),
             world,
             console,
+            measures_of_run(config, data.budget, data.sources, world.device),
+            config.log,
             start_step=run.start_step,
             total_steps=config.steps,
-            print_every=config.log.print_every,
+            config=to_dict(config),
         )
         directory = checkpoint_directory(Path(config.out))
         try:
@@ -137,7 +143,14 @@ def start_run(config: RunConfig, data: Mixture, world: World, console: Console) 
         start_step=start_step,
         planned_steps=planned_steps,
     )
-    for line in describe_run(config, run, world):
+    for line in describe_run(
+        config,
+        data.budget,
+        world,
+        data=data.describe("train", config.steps * config.batch.packs_per_step),
+        start_step=start_step,
+        planned_steps=planned_steps,
+    ):
         console.print(line)
     return run
 
@@ -150,13 +163,20 @@ def train_loop(
     checkpointer: Checkpointer,
     stop: StopRequest,
 ) -> dict[str, Any]:
+    def packs_of(step: int) -> str:
+        return run.data.show_packs("train", run.loader.packs_of_step(step - 1))
+
     result: dict[str, Any] = {"run": config.out, "steps": max(run.start_step, config.steps)}
     clip, peak = config.optimizer.max_grad_norm, config.optimizer.lr
-    steps = iter(run.loader)
+    steps, profiler = iter(run.loader), Profiler(config.profile, Path(config.out), world)
     for finished in range(run.start_step + 1, config.steps + 1):
         lr = peak * lr_factor(finished - 1, config.steps, config.schedule)
-        step = next(steps)
+        profiler.begin(finished)
+        with named("data"):
+            step = next(steps)
         reporter.add(train_step(run.model, run.optimizer, run.guard, step, world, lr=lr, max_grad_norm=clip))
+        if trace := profiler.end(finished):
+            reporter.console.print(f"profile   {trace}")
         last = finished == config.steps
         # Ranks learn of a signal or a failed writer at different times: they act on it after the same step.
         stopping, failing = world.sum_on_host([stop.wanted, checkpointer.failed])
@@ -166,7 +186,9 @@ def train_loop(
         evaluation = last or (config.eval.every > 0 and finished % config.eval.every == 0)
         if save or evaluation or finished % config.log.every == 0:
             rows = reporter.flush()
-            check_rows(rows, config, run)  # before a checkpoint keeps what went wrong
+            check_skipped(
+                rows, config.guard, packs_of, config.out
+            )  # before a checkpoint keeps what went wrong
             result["train"] = rows[-1]
         if evaluation:  # first: a checkpoint that is resumed from has its evaluation behind it
             result["eval"] = evaluate_and_report(config, run, world, reporter, finished)
@@ -185,25 +207,6 @@ def train_loop(
     return result
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], config: RunConfig, run: Run) -> None:
-    """End a run that has diverged. Every rank has the same rows.
-
-    Raises:
-        UserError: names the first step whose loss or gradient norm is not finite, and its packs.
-    """
-    row = first_diverged(rows)
-    if row is None:
-        return
-    step = row["step"]
-    shown = run.data.show_packs("train", run.loader.packs_of_step(step - 1))
-    raise UserError(
-        f"run {config.out}: diverged at step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, "
-        f"learning rate {row['lr']:.2e}; the update before it may be the cause. Try a lower optimizer.lr or a "
-        f"longer schedule.warmup_steps with another --out, and look at the packs of that step (split train: "
-        f"{shown}) with `python -m preprocess inspect`"
-    )
-
-
 def evaluate_and_report(config: RunConfig, run: Run, world: World, reporter: Reporter, step: int) -> Values:
     """Measure, write and print.
 
@@ -220,45 +223,3 @@ def evaluate_and_report(config: RunConfig, run: Run, world: World, reporter: Rep
     for line in describe(step, values):
         reporter.console.print(line)
     return values
-
-
-def describe_run(config: RunConfig, run: Run, world: World) -> list[str]:
-    """The derived arithmetic, so that a wrong run is seen before its first step."""
-    budget, batch = run.data.budget, config.batch
-    names = [name for name, _ in run.model.parts[0].named_children()]
-    parts = {
-        name: sum(p.numel() for model in run.model.parts for p in getattr(model, name).parameters())
-        for name in names
-    }
-    total = sum(parts.values())
-    axes = "" if world.mesh is None else ", mesh " + " x ".join(
-        f"{axis} {world.axis_size(axis)}" for axis in AXES if world.axis_size(axis) > 1 or axis == "dp_shard"
-    )  # fmt: skip
-    start = f"resumed after step {run.start_step}" if run.start_step else "from step 0"
-    lines = [
-        *(
-            f"data set  {line}"
-            for line in run.data.describe("train", config.steps * config.batch.packs_per_step)
-        ),
-        f"packs     of S {budget.S}, N {budget.N} x L {budget.L}",
-        f"model     {total / 1e6:.2f} M parameters: "
-        + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in parts.items()),
-        f"device    {world.size} {'process' if world.size == 1 else 'processes'} on {world.device.type}, "
-        f"{config.dtype}{axes}",
-        f"batch     {batch.packs_per_step} packs = {batch.packs_per_microbatch} per microbatch x "
-        f"{batch.accumulation(world.dp_size)} accumulated x {world.dp_size} ranks: room for "
-        f"{batch.packs_per_step * budget.S:,} tokens and "
-        f"{batch.packs_per_step * budget.N * budget.L:,} patches",
-        f"length    {config.steps:,} steps, {start}",
-        f"run       {config.out}",
-    ]
-    if config.steps != run.planned_steps and run.start_step < config.steps:
-        before, after = (
-            config.optimizer.lr * lr_factor(step, steps, config.schedule)
-            for step, steps in ((run.start_step - 1, run.planned_steps), (run.start_step, config.steps))
-        )
-        lines.append(
-            f"schedule  the cosine now ends at step {config.steps:,}, it was on its way to {run.planned_steps:,}: "
-            f"the learning rate goes from {before:.2e} to {after:.2e}"
-        )
-    return lines

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from shared.dataset import open_dataset
 from shared.files import lock_directory
 from shared.geometry import Budget
 from tests.distributed.launch import launch
@@ -23,7 +22,7 @@ from trainer import train
 from trainer.__main__ import main
 from trainer.data.order import epoch_order
 from trainer.parallel.mesh import open_world
-from trainer.run import load_run_config, restore_model
+from trainer.run import load_run_config, open_data, restore_model
 
 BUDGET = Budget(S=24, N=2, L=16)
 PACKS = [
@@ -93,9 +92,9 @@ def rows(run: str | Path, kind: str = "train") -> list[dict[str, Any]]:
 def weights(run: str | Path) -> dict[str, torch.Tensor]:
     config = load_run_config(Path(run))
     with open_world("cpu", "float32") as world:
-        model, step = restore_model(config, open_dataset(config.dataset), world)
+        model, step = restore_model(config, open_data(config), world)
         assert step == 6
-        return model.state_dict()
+        return model.parts[0].state_dict()
 
 
 def test_batches_built_by_hand_equal_those_of_the_loader() -> None:
@@ -174,29 +173,55 @@ def test_a_run_that_was_moved_can_be_evaluated(
     assert result["step"] == 6 and result["vision_gain"] == rows(moved, "eval")[0]["vision_gain"]
 
 
-@pytest.mark.parametrize("change", [{"loss": math.nan}, {"grad_norm": math.inf}])
-def test_a_run_that_diverges_ends_at_that_step_before_a_checkpoint_of_it(
-    command: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    change: dict[str, float],
-) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """A weight is nan while these steps compute, and itself again after them."""
     original = train.train_step
 
-    def diverging(model: Any, optimizer: Any, guard: Any, step: Any, *rest: Any, **settings: Any) -> Any:
+    def poisoned(model: Any, optimizer: Any, guard: Any, step: Any, *rest: Any, **settings: Any) -> Any:
+        weight = model.parts[0].decoder.norm.weight.detach()
+        kept = weight.clone()
+        if step.index + 1 in steps:
+            weight.fill_(math.nan)
         stats = original(model, optimizer, guard, step, *rest, **settings)
-        wrong = {name: torch.tensor(value) for name, value in change.items()}
-        return replace(stats, **wrong) if step.index >= 4 else stats
+        if step.index + 1 in steps:
+            weight.copy_(kept)
+        return stats
 
-    monkeypatch.setattr(train, "train_step", diverging)
-    assert main(command) == 2
+    monkeypatch.setattr(train, "train_step", poisoned)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {4})
+    assert main(command) == 0
+    found = rows(command[-1])
+    assert [row["skipped"] for row in found] == [0, 0, 0, 1, 0, 0]
+    assert [row["skipped_in_all"] for row in found] == [0, 0, 0, 1, 1, 1]
+    assert found[3]["loss"] is None and found[5]["loss"] < found[2]["loss"]
+    assert all(value.isfinite().all() for value in weights(command[-1]).values())
+
+
+def test_a_run_that_diverges_ends_before_a_checkpoint_of_it(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, {5, 6})
+    assert main([*command, "--guard.max-consecutive", "1"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    packs = ", ".join(map(str, epoch_order(8, 0, 2)[:4]))  # positions 16 to 19, in epochs of 8
-    assert "diverged at step 5: loss " in error and "lower optimizer.lr" in error
-    assert f"(split train: {packs})" in error
+    packs = ", ".join(map(str, epoch_order(8, 0, 2)[4:]))  # positions 20 to 23, in epochs of 8
+    assert "diverged: 2 steps skipped in all, 2 in a row" in error and "lower optimizer.lr" in error
+    assert "among them 5, 6; at step 6 loss nan" in error and f"(split train: {packs})" in error
     checkpoints = sorted((Path(command[-1]) / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["step_00000003"]
     assert [row["step"] for row in rows(command[-1])] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_chosen_step_leaves_a_trace_with_its_parts_named(command: list[str]) -> None:
+    assert main([*command, "--profile.steps", "2"]) == 0
+    [path] = (Path(command[-1]) / "profile").iterdir()
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert {"data", "forward", "backward", "optimizer"} <= set(names)
+    assert path.name == "step_2_rank_0.json"
 
 
 def test_the_loss_falls(command: list[str]) -> None:

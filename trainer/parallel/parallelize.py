@@ -29,6 +29,7 @@ from trainer.parallel.mesh import ParallelConfig, World, sub_mesh
 from trainer.parallel.pipeline import Microbatches, Pipeline, StageModel, cut_stage, stage_layers
 from trainer.parallel.recompute import Recompute, checkpoint_layer
 from trainer.parallel.tensor import apply_tensor_parallel
+from trainer.profile import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Loss = Callable[[Tensor, int], Tensor]
@@ -73,9 +74,11 @@ class ParallelModel:
         for number, batch in enumerate(batches):
             if train:
                 sync_gradients(model, enabled=number == len(batches) - 1)
-            share = loss(model(batch), number)
+            with named("forward"):
+                share = loss(model(batch), number)
             if train:
-                share.backward()
+                with named("backward"):
+                    share.backward()
 
 
 def build_model(
