@@ -109,7 +109,7 @@ def evaluate(
     config: EvalConfig,
     world: World,
     *,
-    row_part: tuple[int, int] = (0, 1),
+    row_part: tuple[int, int] | None = (0, 1),
     frames_per_row: int | None = None,
     microbatches: int = 1,
 ) -> Values:

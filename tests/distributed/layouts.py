@@ -60,10 +60,10 @@ def model_config(layout: Layout) -> ModelConfig:
     return tiny_config(**{"num_layers": 4, **layout.decoder})
 
 
-def own_rows(batch: Batch, part: tuple[int, int]) -> Batch:
+def own_rows(batch: Batch, part: tuple[int, int] | None) -> Batch:
     """The batch with this rank's vision rows, the obvious way: all rows padded to a multiple, and a slice."""
-    index, count = part
-    rows = -(-len(batch.image_ids_NL) // count) if count else 0
+    index, count = part or (0, 1)
+    rows = -(-len(batch.image_ids_NL) // count) if part else 0
     cut = {}
     for name in ("pixel_values_NLP", "grid_thw_NL3", "image_ids_NL", "image_sizes_NL2"):
         tensor = getattr(batch, name)

@@ -80,6 +80,16 @@ def test_ranks_hold_their_part_of_the_rows_and_all_of_the_text(
         assert torch.equal(together[:6], wanted) and (together[6:] == padding).all(), field.name
 
 
+def test_a_later_stage_of_a_pipeline_has_no_rows() -> None:
+    whole, found = make_batch(PACKS, BUDGET), assemble(PACKS, BUDGET, row_part=None)
+    for field in fields(Batch):
+        own, wanted = getattr(found, field.name), getattr(whole, field.name)
+        if field.name.endswith("_BS"):
+            assert torch.equal(own, wanted), field.name
+        elif "_NL" in field.name:
+            assert own.shape == (0, *wanted.shape[1:]), field.name
+
+
 class Watched(np.ndarray):
     """Patches that remember which of them were asked for."""
 

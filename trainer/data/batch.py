@@ -76,25 +76,30 @@ class BatchShape:
     budget: Budget
     geometry: Geometry
     pad_token: int
-    row_part: tuple[int, int] = (0, 1)
-    """(index, count): the vision rows are divided among `count` ranks, this one has part `index`; of 0, it has none."""
+    row_part: tuple[int, int] | None = (0, 1)
+    """(index, count): the vision rows are divided among `count` ranks, this one has part `index`. None: it has none,
+    as a later stage of a pipeline."""
     frames_per_row: int | None = None
     """Frames that the encoder has slots for in a vision row; None: any number."""
 
     @property
     def rows(self) -> int:
         """R: vision rows of this rank; what B*N has not is padding, on the last ranks."""
-        parts = self.row_part[1]
-        return -(-self.packs * self.budget.N // parts) if parts else 0
+        return 0 if self.row_part is None else -(-self.packs * self.budget.N // self.row_part[1])
+
+    @property
+    def first_row(self) -> int:
+        """Number of this rank's first row among all B*N."""
+        return 0 if self.row_part is None else self.row_part[0] * self.rows
 
     def rows_of_pack(self, b: int) -> range:
         """The rows of pack `b`, numbered within it, that this rank has."""
-        N, first = self.budget.N, self.row_part[0] * self.rows - b * self.budget.N
+        N, first = self.budget.N, self.first_row - b * self.budget.N
         return range(min(max(first, 0), N), min(max(first + self.rows, 0), N))
 
     def place(self, b: int, row: int) -> int:
         """Where row `row` of pack `b` lies among this rank's rows."""
-        return b * self.budget.N + row - self.row_part[0] * self.rows
+        return b * self.budget.N + row - self.first_row
 
 
 def assemble_batch(

@@ -58,7 +58,7 @@ class Loader:
         device: torch.device,
         start_step: int,
         decode_threads: int,
-        row_part: tuple[int, int] = (0, 1),
+        row_part: tuple[int, int] | None = (0, 1),
         frames_per_row: int | None = None,
     ) -> None:
         self._data, self._split, self._seed = data, split, seed

@@ -141,10 +141,13 @@ class World:
         return self.axis_rank("dp_replicate") * self.axis_size("dp_shard") + self.axis_rank("dp_shard")
 
     @property
-    def row_part(self) -> tuple[int, int]:
-        """(index, count): which share of the vision rows of its packs this rank encodes; a later stage has none."""
+    def row_part(self) -> tuple[int, int] | None:
+        """(index, count): which share of the vision rows of its packs this rank encodes.
+
+        None in a later pipeline stage: the encoder is in the first.
+        """
         if self.pp_rank > 0:
-            return 0, 0
+            return None
         index = self.cp_rank * self.tp_size + self.tp_rank
         return index, self.cp_size * self.tp_size
 
