@@ -130,10 +130,11 @@ def with_ends(batch: Batch) -> Batch:
     return replace(batch, document_ends=document_ends, frame_ends=frame_ends)
 
 
-def _changes(*numbers_NL: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Where a row begins, or one of the numbers differs from the one before."""
-    starts_NL = np.ones(numbers_NL[0].shape, np.bool_)
-    starts_NL[:, 1:] = np.logical_or.reduce([number[:, 1:] != number[:, :-1] for number in numbers_NL])
+def _changes(id_NL: npt.NDArray[np.int32], frame_NL: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Where a row begins, or another image or frame than in the patch before."""
+    starts_NL = np.ones(id_NL.shape, np.bool_)
+    np.not_equal(id_NL[:, 1:], id_NL[:, :-1], out=starts_NL[:, 1:])
+    starts_NL[:, 1:] |= frame_NL[:, 1:] != frame_NL[:, :-1]
     return starts_NL
 
 
