@@ -257,9 +257,10 @@ class Reporter:
         """Leave the time since the last `flush` out of the rates: it went into something else."""
         self.interval_start = time.perf_counter()
 
-    def write_evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
+    def write_row(self, step: int, values: Mapping[str, float | None], *, kind: str) -> None:
+        """A row of something else than a step: an evaluation, a checkpoint."""
         if self.trackers is not None:
-            self.trackers.write({"step": step, **values}, kind="eval")
+            self.trackers.write({"step": step, **values}, kind=kind)
 
     def close(self) -> None:
         if self.trackers is not None:

@@ -54,18 +54,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last")
     arguments, overrides = parser.parse_known_args(argv)
     config = load_config(RunConfig, arguments.config, overrides)
-    with open_world(config.device, config.dtype, config.parallel) as world:
-        result = train(config, world)
+    # Signals are heard until the group is closed: torchrun sends SIGTERM to the others as soon as one process ends.
+    with listen() as stop, open_world(config.device, config.dtype, config.parallel) as world:
+        result = train(config, world, stop)
         if arguments.json and world.is_main:
             print(json.dumps(result, allow_nan=False), flush=True)
 
 
-def train(config: RunConfig, world: World) -> dict[str, Any]:
+def train(config: RunConfig, world: World, stop: StopRequest) -> dict[str, Any]:
     """Train, or go on training, until `config.steps`; returns what the last step and evaluation measured."""
     data = open_data(config)
     check_split(data, config.eval)
     check_model(config, data, world)
-    with listen() as stop, hold_run(Path(config.out), world):
+    with hold_run(Path(config.out), world):
         console = Console(enabled=world.is_main)
         run = start_run(config, data, world, console)
         reporter = Reporter(
@@ -186,14 +187,15 @@ def train_loop(
         evaluation = last or (config.eval.every > 0 and finished % config.eval.every == 0)
         if save or evaluation or finished % config.log.every == 0:
             rows = reporter.flush()
-            check_skipped(
-                rows, config.guard, packs_of, config.out
-            )  # before a checkpoint keeps what went wrong
+            # Before a checkpoint keeps what went wrong.
+            check_skipped(rows, config.guard, packs_of, config.out)
             result["train"] = rows[-1]
         if evaluation:  # first: a checkpoint that is resumed from has its evaluation behind it
             result["eval"] = evaluate_and_report(config, run, world, reporter, finished)
         if save:
-            checkpointer.save(run.model.parts, run.optimizer, {"step": finished}, run.guard.state_dict())
+            state = {"step": finished}
+            waited_s = checkpointer.save(run.model.parts, run.optimizer, state, run.guard.state_dict())
+            reporter.write_row(finished, {"wait_s": waited_s}, kind="checkpoint")
         if stopping and not last:
             checkpointer.finish()
             raise Stopped(
@@ -214,7 +216,7 @@ def evaluate_and_report(config: RunConfig, run: Run, world: World, reporter: Rep
         UserError: the loss is not finite: the last update ruined the weights.
     """
     values = evaluate_model(run.model, run.data, config, world)
-    reporter.write_evaluation(step, values)
+    reporter.write_row(step, values, kind="eval")
     if not is_finite(values["loss"]):
         raise UserError(
             f"run {config.out}: diverged: the validation loss after step {step} is {values['loss']}; try a lower "

@@ -143,7 +143,9 @@ def check(num_processes: int, layouts: Sequence[Layout]) -> None:
 def differences(num_processes: int, layouts: Sequence[Layout]) -> list[dict[str, float]]:
     results = launch(measure_all, num_processes, layouts)
     return [
-        difference([of_rank[number] for of_rank in results], reference(tuple(layout.decoder.items()), layout.trained))
+        difference(
+            [of_rank[number] for of_rank in results], reference(tuple(layout.decoder.items()), layout.trained)
+        )
         for number, layout in enumerate(layouts)
     ]
 

@@ -124,7 +124,7 @@ def test_every_step_has_its_row_and_lines_that_stay_come_seldom(
     for step in (1, 2):
         reporter.add(stats(step))
     newest = reporter.flush()[-1]
-    reporter.write_evaluation(2, {"loss": 1.0, "vision_gain": 0.5})
+    reporter.write_row(2, {"loss": 1.0, "vision_gain": 0.5}, kind="eval")
     for step in (3, 4):
         reporter.add(stats(step))
         reporter.flush()

@@ -113,4 +113,4 @@ def _attention_faults(
     if parallel.cp > 1:
         yield "compute.attention 'varlen' knows no parallel.cp above 1; use 'flex'"
     if isinstance(model.encoder, Dinov3Config):
-        yield "compute.attention 'varlen' needs images in one piece, dinov3 has tokens in front of the row; use 'flex'"
+        yield "compute.attention 'varlen' takes the loader's borders, which leave out dinov3's own tokens; use 'flex'"
