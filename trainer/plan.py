@@ -172,11 +172,13 @@ def memory_of_ranks(config: RunConfig, budget: Budget, gpus: int) -> Iterator[tu
         parts = [meta_model(config) for _ in own]
         for part, layers in zip(parts, own, strict=True):
             cut_stage(part, layers, count)
+        # Later stages of a pipeline read no pictures.
+        own_rows = rows if parts[0].encoder is not None else 0
         positions = Positions(
             tokens=packs * budget.S // parallel.cp,
             all_tokens=packs * budget.S,
-            patches=rows * budget.L,
-            encoder_positions=rows * positions_per_row(whole, budget.L),
+            patches=own_rows * budget.L,
+            encoder_positions=own_rows * positions_per_row(whole, budget.L),
             patch_values=config.encoder.values_per_patch,
             microbatches=accumulation,
             in_flight=microbatches_in_flight(rank, parallel.pp, parallel.stages_per_rank, accumulation),

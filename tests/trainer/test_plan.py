@@ -108,6 +108,8 @@ def test_stages_of_a_pipeline_hold_their_parts_and_the_first_has_most_in_flight(
     )  # the last norm
     assert first["parameters"] + last["parameters"] == sum(plan.values()) and plan["decoder"] > 2 * table
     assert early.activations > late.activations
+    # Of two rows of 16 patches: 12 bytes of pixels and 24 of places each, held for 4 steps of 16 microbatches.
+    assert early.batches - late.batches == 4 * 16 * 32 * (12 + 24)
 
 
 def most_in_flight(rank: int, pp: int, stages_per_rank: int, count: int) -> float:
