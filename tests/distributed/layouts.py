@@ -28,14 +28,15 @@ from trainer.parallel.pipeline import Microbatches
 from trainer.step import forward, forward_backward
 
 BUDGET = Budget(S=32, N=3, L=16)
-# Eight packs with different numbers of labels; one has no picture, and documents cross the borders of chunks.
+# Eight packs with different numbers of labels; documents cross the borders of chunks. The third and fourth have no
+# picture: with four data-parallel ranks one rank has none at all.
 PACKS: list[list[Document]] = [
     [[7, 8, Picture(4, 2), 9, 10, 11], [12, 13]],
     [[Picture(4, 4, seed=1), 14, 15], [5, 6, 7, Picture(2, 2, seed=8), 8]],
     [[16, 17, 18, 19, 20, 21, 22, 23, 24, 25]],
-    [[Picture(2, 4, seed=2), 5], [6, Picture(2, 2, seed=3), 7]],
-    [[26, 27, 28], [29, Picture(4, 4, seed=4), 30, Picture(2, 4, seed=5), 31], [32]],
     [[33], [34, 35, 36, 37, 38, 39, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]],
+    [[26, 27, 28], [29, Picture(4, 4, seed=4), 30, Picture(2, 4, seed=5), 31], [32]],
+    [[Picture(2, 4, seed=2), 5], [6, Picture(2, 2, seed=3), 7]],
     [[Picture(2, 6, seed=6), 16, 17], [18, 19, Picture(4, 2, seed=7)]],
     [[20, 21], [22, 23, 24], [Picture(2, 2, seed=9), 25, 26]],
 ]

@@ -55,6 +55,7 @@ NEGATIVE = [
     ),
 ]
 FOUR = [
+    Layout(name="dp, one rank without pictures"),
     Layout(name="dp cp", parallel=Parallel(cp=2)),
     Layout(name="dp tp", parallel=Parallel(tp=2)),
     Layout(name="cp tp", parallel=Parallel(cp=2, tp=2)),

@@ -46,3 +46,20 @@ def test_ignored_labels_cost_nothing_and_move_nothing() -> None:
     nll = chunked_nll(h, weight, torch.full((23,), -100))
     nll.sum().backward()
     assert nll.eq(0).all() and h.grad is not None and h.grad.eq(0).all()
+
+
+def test_z_loss_changes_the_gradients_and_not_the_value() -> None:
+    torch.manual_seed(2)
+    h, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    labels = torch.tensor([0, 10, -100, 3, 5, -100])
+    ours = chunked_nll(h, weight, labels, z_loss=0.01, chunk_values=30)
+    ours.sum().backward()
+    found = [h.grad.clone(), weight.grad.clone()]
+    h.grad = weight.grad = None
+    logits = h @ weight.t()
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert torch.allclose(ours, plain, atol=1e-6)
+    learned = labels != -100
+    (plain.sum() + 0.01 * logits.logsumexp(-1)[learned].square().sum()).backward()
+    for gradient, expected in zip(found, (h.grad, weight.grad), strict=True):
+        assert torch.allclose(gradient, expected, atol=1e-5)
