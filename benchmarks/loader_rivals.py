@@ -228,7 +228,7 @@ def read_mds(folder: Path) -> Iterator[bytes]:
 
 
 def write_tar(folder: Path, pictures: Sequence[Picture]) -> None:
-    import webdataset
+    import webdataset  # pyright: ignore[reportMissingImports]  # optional
 
     with webdataset.TarWriter(str(folder / "pictures.tar")) as writer:
         for number, picture in enumerate(pictures):
@@ -236,14 +236,14 @@ def write_tar(folder: Path, pictures: Sequence[Picture]) -> None:
 
 
 def read_webdataset(folder: Path) -> Iterator[bytes]:
-    import webdataset
+    import webdataset  # pyright: ignore[reportMissingImports]  # optional
 
     samples = webdataset.WebDataset(str(folder / "pictures.tar"), shardshuffle=False)
     return (sample["jpg"] for sample in samples)
 
 
 def write_arrow(folder: Path, pictures: Sequence[Picture]) -> None:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]  # optional
 
     datasets.disable_progress_bars()
     columns = {"jpg": [p.data for p in pictures], "txt": [p.caption for p in pictures]}
@@ -252,7 +252,7 @@ def write_arrow(folder: Path, pictures: Sequence[Picture]) -> None:
 
 
 def read_arrow(folder: Path) -> Iterator[bytes]:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]  # optional
 
     return (row["jpg"] for row in datasets.load_from_disk(str(folder / "table")))
 
