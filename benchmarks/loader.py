@@ -35,7 +35,8 @@ from shared.geometry import Budget, Geometry
 from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
 from shared.shard_writer import ShardWriter
 from shared.tokens import TokenIds
-from trainer.data.batch import Batch, BatchShape, empty_batch, fill_batch, with_ends
+from trainer.data.batch import Batch, BatchShape, empty_batch, fill_batch
+from trainer.data.borders import document_ends, frame_ends
 from trainer.data.loader import Loader
 from trainer.data.mixture import single
 
@@ -123,9 +124,10 @@ def map_anew(path: Path) -> DataSet:
 
 
 def assemble(dataset: DataSet, number: int, buffers: Batch, shape: BatchShape) -> None:
-    spans = dataset.document_spans("train", number)
-    fill_batch(buffers, [dataset.pack("train", number)], [spans], shape)
-    with_ends(buffers)
+    packs, spans = [dataset.pack("train", number)], [dataset.document_spans("train", number)]
+    fill_batch(buffers, packs, spans, shape)
+    document_ends(spans, shape)
+    frame_ends(packs, shape)
 
 
 def copy(finished: Batch, buffers: Batch) -> None:

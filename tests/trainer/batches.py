@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from shared.geometry import Budget, Geometry, patch_positions
-from trainer.data.batch import Batch, with_ends
+from trainer.data.batch import Batch
 from trainer.models.aimv2 import Aimv2Config
 from trainer.models.decoder import DecoderConfig
 from trainer.models.dinov3 import Dinov3Config
@@ -126,6 +126,18 @@ def make_batch(packs: Sequence[Sequence[Document]], budget: Budget, merge: int =
         image_sizes_NL2=torch.from_numpy(sizes.astype(np.int32)),
     )
     return with_ends(batch)
+
+
+def with_ends(batch: Batch) -> Batch:
+    """The batch with its borders, found by looking at every position and every patch."""
+    ids_NL, frame_NL = batch.image_ids_NL.numpy(), batch.grid_thw_NL3[..., 0].numpy()
+    starts_NL = np.ones(ids_NL.shape, np.bool_)
+    starts_NL[:, 1:] = (ids_NL[:, 1:] != ids_NL[:, :-1]) | (frame_NL[:, 1:] != frame_NL[:, :-1])
+    document_ends, frame_ends = (
+        torch.from_numpy(np.append(np.flatnonzero(starts), starts.size).astype(np.int32))
+        for starts in (batch.positions_BS.numpy() == 0, starts_NL)
+    )
+    return replace(batch, document_ends=document_ends, frame_ends=frame_ends)
 
 
 def num_labels(batch: Batch) -> int:

@@ -12,7 +12,7 @@ import torch
 from shared.codecs import ImageDecoder, image_encoder, store_patches
 from shared.errors import UserError
 from shared.geometry import Budget
-from tests.trainer.batches import GEOMETRY, PAD, Document, Picture, make_batch
+from tests.trainer.batches import GEOMETRY, PAD, Document, Picture, make_batch, with_ends
 from tests.trainer.datasets import assemble, make_pack, spans_of
 from trainer.data.batch import Batch, BatchShape, assemble_batch
 from trainer.data.counts import Counts, count_packs
@@ -70,6 +70,7 @@ def test_ranks_hold_their_part_of_the_rows_and_all_of_the_text(
         own = [getattr(batch, field.name) for batch in found]
         wanted = getattr(whole, field.name)
         if field.name == "frame_ends":  # of the rows that are here
+            assert all(torch.equal(batch.frame_ends, with_ends(batch).frame_ends) for batch in found)
             continue
         if field.name.endswith(("_BS", "document_ends")):
             assert all(torch.equal(tensor, wanted) for tensor in own), field.name

@@ -27,6 +27,7 @@ from shared.arrays import runs
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry, patch_positions
 from shared.schema import IGNORE_LABEL, Pack
+from trainer.data.borders import document_ends, frame_ends
 from trainer.data.pages import populate
 
 
@@ -113,33 +114,9 @@ def assemble_batch(
     """Batch in new host memory; see `fill_batch`."""
     batch = empty_batch(shape, pin_memory=pin_memory)
     fill_batch(batch, packs, spans, shape, decode_pool=decode_pool)
-    return with_ends(batch)
-
-
-def with_ends(batch: Batch) -> Batch:
-    """The batch with the borders that varlen attention takes, in new (pinned) memory."""
-    frame_NL = batch.grid_thw_NL3[..., 0].numpy()
-    pinned = batch.tokens_BS.is_pinned()
-    document_ends, frame_ends = (
-        ends.pin_memory() if pinned else ends
-        for ends in (
-            _ends(batch.positions_BS.numpy() == 0),
-            _ends(_changes(batch.image_ids_NL.numpy(), frame_NL)),
-        )
-    )
-    return replace(batch, document_ends=document_ends, frame_ends=frame_ends)
-
-
-def _changes(id_NL: npt.NDArray[np.int32], frame_NL: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Where a row begins, or another image or frame than in the patch before."""
-    starts_NL = np.ones(id_NL.shape, np.bool_)
-    np.not_equal(id_NL[:, 1:], id_NL[:, :-1], out=starts_NL[:, 1:])
-    starts_NL[:, 1:] |= frame_NL[:, 1:] != frame_NL[:, :-1]
-    return starts_NL
-
-
-def _ends(starts: npt.NDArray[np.bool_]) -> Tensor:
-    return torch.from_numpy(np.append(np.flatnonzero(starts), starts.size).astype(np.int32))
+    ends = [torch.from_numpy(each) for each in (document_ends(spans, shape), frame_ends(packs, shape))]
+    of_documents, of_frames = (each.pin_memory() for each in ends) if pin_memory else ends
+    return replace(batch, document_ends=of_documents, frame_ends=of_frames)
 
 
 def empty_batch(shape: BatchShape, *, pin_memory: bool = False) -> Batch:
