@@ -90,7 +90,7 @@ def document_mask(
     """
     if backend == "varlen":
         assert ends is not None and order is None, "varlen attention has no queries without their keys"
-        return Bounds(ends, positions_BS.shape[1], causal=True)
+        return _bounds(ends, positions_BS.shape[1], causal=True)
     document_BS = (positions_BS == 0).cumsum(dim=1)
     if order is None:
         index_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
@@ -111,7 +111,7 @@ def segment_mask(segments_NX: Tensor, backend: Backend = "sdpa", *, ends: Tensor
     """Bidirectional mask inside each segment of a row: positions that have the same number see each other."""
     if backend == "varlen":
         assert ends is not None
-        return Bounds(ends, segments_NX.shape[1], causal=False)
+        return _bounds(ends, segments_NX.shape[1], causal=False)
     if backend == "sdpa":
         return (segments_NX[:, :, None] == segments_NX[:, None, :]).unsqueeze(1)
 
@@ -119,6 +119,12 @@ def segment_mask(segments_NX: Tensor, backend: Backend = "sdpa", *, ends: Tensor
         return segments_NX[b, q] == segments_NX[b, k]
 
     return _block_mask(allowed, segments_NX, segments_NX.shape[1])
+
+
+def _bounds(ends: Tensor, longest: int, *, causal: bool) -> Bounds:
+    # Their number is the one size that differs from batch to batch: compiled layers are not to be compiled anew for it.
+    torch._dynamo.maybe_mark_dynamic(ends, 0)
+    return Bounds(ends, longest, causal)
 
 
 def _block_mask(allowed: Callable[..., Tensor], queries: Tensor, num_keys: int) -> BlockMask:

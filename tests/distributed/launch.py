@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+# Above what compiling a dozen graphs takes on two busy cores; only a test that hangs waits for it.
+TIMEOUT_S = 500
+
 
 def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) -> list[Any]:
     """`function(*arguments)` on every rank; returns what each returned. It must be importable by name."""
@@ -25,7 +28,7 @@ def launch(function: Callable[..., Any], num_processes: int, *arguments: Any) ->
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(timeout=120)
+            worker.join(timeout=TIMEOUT_S)
             if worker.is_alive():
                 worker.kill()
         results: list[Any] = []

@@ -145,7 +145,8 @@ def parallelize(
     for layer in layers_of(model):
         checkpoint_layer(layer, compute.recompute)
         if compute.compile:
-            layer.compile(fullgraph=True)
+            # All shapes are static. Left to itself, a second size (another B, an evaluation) makes them symbols.
+            layer.compile(fullgraph=True, dynamic=False)
     if mesh is not None:
         # A pipeline runs many microbatches between two updates: gathering anew for each would cost more than memory.
         shard(model, mesh, dtype, reshard_after_forward=parallel.pp == 1)

@@ -37,8 +37,13 @@ def checkpoint_layer(layer: nn.Module, mode: Recompute) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    # Not wrapped in another module: the names of parameters would change.
-    layer.forward = partial(checkpoint, layer.forward, **options)
+    whole = layer.forward
+
+    # Not wrapped in another module: the names of parameters would change. A function, as the compiler traces no partial.
+    def forward(*inputs: Any) -> Any:
+        return checkpoint(whole, *inputs, **options)
+
+    layer.forward = forward
 
 
 def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
