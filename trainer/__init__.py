@@ -3,10 +3,14 @@
     train       the run: resume, loop, checkpoints, evaluation     run         its directory
     data/       order of data, batches from mapped packs           step        one optimizer step
     models/     encoder, projector, decoder, their composition     loss        cross-entropy without logits
-    parallel/   processes and sharding, from outside the model     attention   masks and backends
-    optim       AdamW, schedule, clipping                          checkpoint  complete or absent
-    evaluate    validation loss and vision gain                    metrics     console, JSONL, TensorBoard
-    signals     a run that is asked to stop, and exit codes
+    parallel/   processes and layouts, from outside the model      attention   masks and backends
+    weights/    Hugging Face weights in and out                    optim       what is trained, AdamW, schedules
+    gradients   norms over any layout, clipping                    guard       steps that are skipped
+    evaluate    validation loss and vision gain                    checkpoint  complete or absent
+    metrics     rows; console and trackers show them               describe    the arithmetic at the start
+    flops       of useful tokens and patches; MFU                  memory      what a rank takes, by formula
+    plan        a layout without a device                          profile     traces of chosen steps
+    signals     a run that is asked to stop, and exit codes        config      the TOML file
 
 Imports torch and `shared`; never ray, a tokenizer, or the other stage.
 """
