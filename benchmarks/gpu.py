@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in one command, on a machine with torch and its usual companions (no Ray).
 
-    python -m benchmarks.gpu --out gpu.json            about eight minutes on one H100
-    python -m benchmarks.gpu --dry-run --out dry.json  the same program on a CPU, tiny: proves that it runs
+    PYTHONPATH=. python benchmarks/gpu.py --out gpu.json            some minutes; not yet run on a GPU
+    PYTHONPATH=. python benchmarks/gpu.py --dry-run --out dry.json  the same on a CPU, tiny: proves that it runs
 
 First what must agree: attention by flex, varlen and sdpa, and compiled layers against plain ones, in loss and
 gradients of one microbatch. Then what training reaches, through the loader and the train step that `trainer
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packs import GEOMETRY, write_packs
 
-from benchmarks.packs import GEOMETRY, write_packs
 from shared.config import load_config
 from shared.dataset import open_dataset
 from shared.geometry import Budget

@@ -3,7 +3,7 @@
     python benchmarks/loader.py [--dataset DIR] [--json]
 
 Without --dataset, packs of real size are made first: S 8192, 9 vision rows of 2048 patches of 768 values, images of
-64 to 1024 patches, as the configs for GPUs have them.
+16 to 1024 patches, as the configs for GPUs have them.
 
 Assembly takes finished packs from the page cache to the tensors of a batch. The copy takes the same values from
 ordinary memory to the same tensors, with one call per tensor. Both write into one set of buffers, in turn for every
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,13 +27,10 @@ from unittest import mock
 
 import numpy as np
 import torch
+from packs import write_packs
 
-from shared.dataset import DataSet, describe_contract, fingerprint_of, open_dataset
-from shared.files import write_json
-from shared.geometry import Budget, Geometry
-from shared.schema import IGNORE_LABEL, IMAGE_DTYPE, Document, Pack
-from shared.shard_writer import ShardWriter
-from shared.tokens import TokenIds
+from shared.dataset import DataSet, open_dataset
+from shared.geometry import Budget
 from trainer.data.batch import Batch, BatchShape, empty_batch, fill_batch
 from trainer.data.borders import document_ends, frame_ends
 from trainer.data.loader import Loader
@@ -42,10 +38,6 @@ from trainer.data.mixture import single
 
 BUDGET = Budget(S=8192, N=9, L=2048)
 TINY = Budget(S=64, N=1, L=16)
-GEOMETRY = Geometry(patch_size=16, merge=2, max_patches_per_image=1024)
-TOKENS = TokenIds(
-    bos=None, eos=1, pad=0, image=2, begin_image=3, end_image=4, vocabulary_size=1000, tokenizer_sha256=""
-)
 
 
 def main() -> None:
@@ -167,63 +159,6 @@ def many_shards(path: Path, num_shards: int) -> dict[str, float]:
         "resume_s": resume_s,
         "state_bytes": len(json.dumps(state)),
     }
-
-
-def write_packs(path: Path, budget: Budget, num_packs: int, num_shards: int = 1) -> Path:
-    contract = describe_contract(budget, GEOMETRY, TOKENS, "raw")
-    (path / "shards").mkdir(parents=True)
-    first = path / "shards" / "train-000000.parquet"
-    writer = ShardWriter(first, budget.S, fingerprint_of(contract))
-    for number in range(num_packs):
-        writer.append(*make_pack(budget, number))
-    writer.close()
-    names = [first.name]
-    for number in range(1, num_shards):
-        names.append(f"train-{number:06}.parquet")
-        os.link(first, path / "shards" / names[-1])
-    entries = [{"name": n, "split": "train", "packs": num_packs, "bytes": 0, "checksum": ""} for n in names]
-    manifest = {
-        **contract,
-        "fingerprint": fingerprint_of(contract),
-        "shards": entries,
-        "account": {"made": {}},
-    }
-    write_json(path / "dataset.json", manifest)
-    return path
-
-
-def make_pack(budget: Budget, seed: int) -> tuple[Pack, list[Document]]:
-    """Images of random pixels in all rows, one document each; between them text to the end of S."""
-    random = np.random.default_rng(seed)
-    images: list[tuple[int, ...]] = []
-    start = 1
-    for row in range(budget.N):
-        offset = 0
-        while offset <= budget.L - 16:
-            h, w = (2 * int(side) for side in random.integers(4, 17, 2))
-            while h * w > budget.L - offset:
-                h, w = max(2, h // 4 * 2), max(2, w // 4 * 2)
-            images.append((start, row, offset, 1, h, w, h * w * GEOMETRY.values_per_patch))
-            start, offset = start + h * w // 4 + 3, offset + h * w
-    used = start - 1
-    assert used <= budget.S, f"{used} tokens"
-    borders = [image[0] - 1 for image in images] + [used]
-    positions_S = np.arange(budget.S, dtype=np.int32)
-    for begin, end in zip(borders, [*borders[1:], budget.S], strict=True):
-        positions_S[begin:end] = np.arange(end - begin)
-    tokens_S = random.integers(5, 1000, budget.S).astype(np.int32)
-    tokens_S[used:] = TOKENS.pad
-    patches = sum(image[3] * image[4] * image[5] for image in images)
-    pack = Pack(
-        tokens_S=tokens_S,
-        labels_S=np.where(np.arange(budget.S) < used, tokens_S, IGNORE_LABEL).astype(np.int32),
-        positions_S=positions_S,
-        stored=random.integers(0, 256, (patches, GEOMETRY.values_per_patch), np.uint8),
-        images=np.array(images, IMAGE_DTYPE),
-        cost=1000 + seed,
-    )
-    lengths = np.diff(borders).tolist()
-    return pack, [Document(b, n, "made", str(b), 0) for b, n in zip(borders[:-1], lengths, strict=True)]
 
 
 if __name__ == "__main__":

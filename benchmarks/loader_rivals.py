@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from images import CONFIG, Picture, grids_of, load_one, read_tar
-from loader import TOKENS
+from packs import TOKENS
 from PIL import Image
 
 from shared.dataset import describe_contract, fingerprint_of, open_dataset

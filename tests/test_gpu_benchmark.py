@@ -15,8 +15,7 @@ import pytest
 def test_the_gpu_benchmark_runs_dry(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     words = [
-        "-m",
-        "benchmarks.gpu",
+        "benchmarks/gpu.py",
         "--dry-run",
         "--steps",
         "2",
@@ -26,7 +25,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path: Path) -> None:
     ]
     result = subprocess.run(
         [sys.executable, *words], cwd=root, capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

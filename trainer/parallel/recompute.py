@@ -39,7 +39,7 @@ def checkpoint_layer(layer: nn.Module, mode: Recompute) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     whole = layer.forward
 
-    # Not wrapped in another module: the names of parameters would change. A function, as the compiler traces no partial.
+    # Not wrapped in another module: names of parameters would change. A function, as the compiler traces no partial.
     def forward(*inputs: Any) -> Any:
         return checkpoint(whole, *inputs, **options)
 
