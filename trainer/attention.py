@@ -4,7 +4,7 @@
     segments_NX  --segment_mask---> both ways inside a segment     (encoder: one frame of one image)
 
     backend  mask                                  where
-    sdpa     bool [B, 1, Q, K]                     anywhere; shared by all heads, but Q x K values
+    sdpa     dense [B, 1, Q, K]                    anywhere; shared by all heads, but Q x K values
     flex     BlockMask: only the tiles in use      CUDA (FlexAttention has no backward on a CPU)
     varlen   the segments' borders                 CUDA, flash attention, bfloat16; not under context parallelism
 
@@ -125,6 +125,16 @@ def _bounds(ends: Tensor, longest: int, *, causal: bool) -> Bounds:
     # Their number is the one size that differs from batch to batch: compiled layers are not to be compiled anew for it.
     torch._dynamo.maybe_mark_dynamic(ends, 0)
     return Bounds(ends, longest, causal)
+
+
+def as_summand(mask: Mask, dtype: torch.dtype) -> Mask:
+    """A dense mask as what is added to scores of `dtype`, 0 or -inf; other masks as they are.
+
+    Of bools sdpa makes this in every layer, and keeps it until backward.
+    """
+    if not isinstance(mask, Tensor):
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def _block_mask(allowed: Callable[..., Tensor], queries: Tensor, num_keys: int) -> BlockMask:

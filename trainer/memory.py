@@ -4,8 +4,8 @@ states        float32 weights, gradients and two moments of AdamW, sharded: 16 b
               frozen one
 gathered      weights in the dtype of computation: the root's (embedding, norm, head) and two layers at a time;
               under pipeline parallelism all of the stage
-gradients     while microbatches are accumulated every rank keeps whole float32 gradients of its stage; otherwise
-              one layer's, in both dtypes
+gradients     one layer's, in both dtypes; beside it whole float32 gradients of the rank's stage while microbatches
+              are accumulated, unless each is reduced (compute.reduce = "microbatch")
 activations   what autograd keeps of a layer per position, by the table below, times the positions of a
               microbatch and the microbatches that a pipeline has in flight
 working       the larger of: one layer of the most expensive kind computed again and its gradients; the head, with
@@ -18,13 +18,15 @@ Kept of a layer per position, in values of the dtype (D width, Q and KV values o
                 2 F of the MLP; Q + KV more where heads are normalized, 2 D where layers are scaled. Keys and
                 values as attention takes them: repeated for each query head but by flex, and those of all
                 ranks under context parallelism
-    selective   the input, attention's output, and outputs of products that are not wider than their input
+    selective   the input, attention's output, and outputs of its four products
     full        the input
 
 With tensor parallelism Q, KV and F are a rank's part, and with sequence parallelism the inputs of norms too.
 
 Not modelled: the device's context, buffers of the communication library, workspaces of kernels, fragmentation, dense
-masks (attention = "sdpa"), and what a frozen layer saves by keeping no inputs of its products.
+masks (attention = "sdpa": S * S / cp values per pack, once for all layers), what a frozen layer saves by keeping no
+inputs of its products, and the outputs of the MLP's products that "selective" keeps where its inner width is also one
+of attention.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from torch import nn
 from trainer.data.loader import STEPS_AHEAD
 from trainer.loss import CHUNK_VALUES
 from trainer.models.vlm import VisionLanguageModel
+from trainer.parallel.fsdp import Reduce
 from trainer.parallel.recompute import Recompute
 
 # Weights, gradients and two moments in float32.
@@ -106,11 +109,7 @@ def kept_bytes(sizes: LayerSizes, mode: Recompute, division: Division) -> float:
     if mode == "full":
         return residual * division.value_bytes
     if mode == "selective":
-        products = [
-            (sizes.width, sizes.queries, q), (sizes.width, sizes.keys, 2 * kv), (sizes.queries, sizes.width, d),
-            (sizes.width, sizes.inner, (1 + sizes.gated) * f), (sizes.inner, sizes.width, d),
-        ]  # fmt: skip
-        values = residual + q + sum(kept for rows, columns, kept in products if columns <= rows)
+        values = residual + q + (q + 2 * kv + d)
         return values * division.value_bytes + softmax
     attended = 2 * division.cp * (q if division.repeated_keys else kv)
     values = 2 * residual + 2 * d + 2 * q + attended + (4 if sizes.gated else 2) * f
@@ -160,6 +159,8 @@ def rank_memory(
     mode: Recompute,
     division: Division,
     positions: Positions,
+    *,
+    reduce: Reduce = "step",
 ) -> Memory:
     """Of a rank that holds `parts`, undivided and on any device, of a mesh with the sizes `axes`."""
     held = [
@@ -169,6 +170,7 @@ def rank_memory(
         values / num_shards(name, axes) * (TRAINED_BYTES if p.requires_grad else FROZEN_BYTES)
         for name, p, values in held
     )
+    accumulated = positions.microbatches > 1 and reduce == "step"
     whole, root = sum(values for *_, values in held), sum(v for name, _, v in held if ".layers." not in name)
     trained = sum(values for _, p, values in held if p.requires_grad)
     layers = [_Layer(part, vision, division) for part in parts for vision in (True, False)]
@@ -180,7 +182,7 @@ def rank_memory(
     return Memory(
         states=int(states),
         gathered=int(value * (whole if axes["pp"] > 1 else root + GATHERED_LAYERS * largest)),
-        gradients=int((4 * trained if positions.microbatches > 1 else 0) + (4 + value) * largest),
+        gradients=int((4 * trained if accumulated else 0) + (4 + value) * largest),
         activations=int(kept * positions.in_flight),
         working=int(
             max(

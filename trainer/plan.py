@@ -38,7 +38,7 @@ from trainer.parallel.pipeline import cut_stage, stage_layers
 REMEDIES = {
     "states": "raise --gpus, or parallel.tp or pp, or lower parallel.dp_replicate",
     "gathered": "raise parallel.tp, or set parallel.pp = 1",
-    "gradients": "raise batch.packs_per_microbatch until nothing is accumulated, or parallel.tp or pp",
+    "gradients": 'set compute.reduce = "microbatch", or raise batch.packs_per_microbatch, parallel.tp or pp',
     "activations": 'set compute.recompute = "selective" or "full", or raise parallel.cp or tp',
     "working": "raise parallel.cp or tp, or lower batch.packs_per_microbatch",
     "batches": "lower batch.packs_per_step",
@@ -129,7 +129,7 @@ def plan_run(config: RunConfig, budget: Budget, gpus: int) -> dict[str, Any]:
         },
         "compute": {
             "dtype": config.dtype, "attention": config.compute.backend(config.device),
-            "recompute": config.compute.recompute,
+            "recompute": config.compute.recompute, "reduce": config.compute.reduce,
         },
         "memory": [
             {"pp_rank": rank, **ranks, "bytes": {**asdict(memory), "total": memory.total}}
@@ -189,7 +189,11 @@ def memory_of_ranks(config: RunConfig, budget: Budget, gpus: int) -> Iterator[tu
             "parameters": round(sum(held_values(*item, parallel.tp) for item in named)),
             "shard": round(sum(held_values(n, p, parallel.tp) / num_shards(n, axes) for n, p in named)),
         }
-        yield holds, rank_memory(parts, axes, config.compute.recompute, division, positions)
+        compute = config.compute
+        yield (
+            holds,
+            rank_memory(parts, axes, compute.recompute, division, positions, reduce=compute.reduce),
+        )
 
 
 def positions_per_row(whole: VisionLanguageModel, length: int) -> int:
@@ -229,7 +233,10 @@ def describe_plan(plan: dict[str, Any]) -> Iterator[str]:
     gpus = math.prod(axes.values())
     yield f"layout    {gpus} devices = " + " x ".join(f"{axis} {size}" for axis, size in axes.items())
     yield f"model     {describe_parameters(parameters)}; trained: {', '.join(plan['trained'])}"
-    yield f"compute   {compute['dtype']}, attention {compute['attention']}, recompute {compute['recompute']}"
+    yield (
+        f"compute   {compute['dtype']}, attention {compute['attention']}, recompute {compute['recompute']}, "
+        f"reduced once per {compute['reduce']}"
+    )
     yield (
         f"batch     {batch['packs']} packs of S {budget['S']}, N {budget['N']} x L {budget['L']} = "
         f"{batch['packs_per_microbatch']} per microbatch x {batch['accumulation']} accumulated x "

@@ -26,6 +26,7 @@ LOSS_BF16, GRADIENT_BF16, CURVE_BF16 = 2e-3, 5e-2, 2e-2
 TWO = [
     Layout(name="dp", packs_per_microbatch=2),
     Layout(name="hsdp", parallel=Parallel(dp_replicate=2)),
+    Layout(name="dp, each microbatch reduced", compute=Compute(reduce="microbatch")),
     Layout(name="cp", parallel=Parallel(cp=2), packs_per_microbatch=2),
     Layout(name="tp", parallel=Parallel(tp=2, sequence_parallel=False)),
     Layout(name="tp sp", parallel=Parallel(tp=2)),
@@ -63,6 +64,12 @@ FOUR = [
     Layout(name="pp cp", parallel=Parallel(pp=2, cp=2)),
     Layout(name="pp tp", parallel=Parallel(pp=2, tp=2)),
     Layout(name="hsdp tp", parallel=Parallel(dp_replicate=2, tp=2)),
+    Layout(
+        name="hsdp of two, each microbatch reduced",
+        parallel=Parallel(dp_replicate=2),
+        compute=Compute(reduce="microbatch"),
+    ),
+    Layout(name="tp selective", parallel=Parallel(tp=2), compute=Compute(recompute="selective")),
 ]
 FOUR_SLOW = [
     Layout(name="hsdp of two", parallel=Parallel(dp_replicate=2)),

@@ -24,7 +24,7 @@ from trainer.models.projector import ProjectorConfig
 from trainer.models.siglip2 import Siglip2Config
 from trainer.models.vlm import ModelConfig, VisionLanguageModel
 from trainer.optim import freeze
-from trainer.parallel.recompute import Recompute, checkpoint_layer
+from trainer.parallel.recompute import Recompute, checkpoint_layer, inner_width
 
 FLOAT32 = Division(value_bytes=4, repeated_keys=True)
 ONE = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
@@ -79,6 +79,46 @@ def test_a_decoder_layer_keeps_what_the_formula_says(mode: Recompute, changes: d
         normed = 2 * 64 + (sizes.queries + sizes.keys if sizes.normed_heads else 0)
         expected += 4 * normed * length
     assert kept == pytest.approx(expected, rel=0.1)
+
+
+def test_selective_recompute_keeps_more_where_shapes_cannot_tell_the_mlp_from_attention() -> None:
+    # The inner width of 64 is that of the queries too: outputs of gate, up and down stay beside what is kept anyway.
+    config, length = decoder_config(hidden_size=48, intermediate_size=64), 256
+    layer = DecoderLayer(config)
+    assert inner_width(layer, divided=False) is None
+    checkpoint_layer(layer, "selective")
+    rotation = rotation_of(torch.rand(1, length, 8))
+    h_BSD, mask = torch.rand(1, length, 48, requires_grad=True), torch.zeros(1, 1, length, length)
+    with Allocations() as allocations:
+        before = h_BSD * 1
+        out = layer(before, rotation, mask)
+        kept = allocations.alive() - out.nbytes
+    expected = kept_bytes(layer_sizes(layer), "selective", FLOAT32) + 4 * (64 + 64 + 48)
+    assert kept == pytest.approx(expected * length, rel=0.02)
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_recompute_computes_two_of_the_seven_products_of_a_layer_again() -> None:
+    counts = {}
+    for mode in MODES:
+        layer = DecoderLayer(decoder_config())
+        checkpoint_layer(layer, mode)
+        h_BSD = torch.rand(1, 8, 64, requires_grad=True)
+        out = layer(h_BSD, rotation_of(torch.rand(1, 8, 8)), torch.zeros(1, 1, 8, 8))
+        with Products() as products:
+            out.sum().backward()
+        counts[mode] = products.count
+    # Backward has two for each of seven matrices. Again: gate and up; with full all but down, the last.
+    assert counts == {"none": 14, "selective": 14 + 2, "full": 14 + 6}
 
 
 ENCODER = {"hidden_size": 64, "intermediate_size": 160, "num_layers": 1, "num_heads": 4, "patch_size": 2}
@@ -138,10 +178,8 @@ def test_a_forward_of_the_model_keeps_what_the_formula_says(mode: Recompute, tra
     expected = rank_memory([model], ONE, mode, FLOAT32, positions(budget)).activations
     if mode == "none":
         expected += 2 * 2 * 64 * 4 * budget.S  # as above, in two layers
-        # A mask of bools is kept as floats in every layer of sdpa.
-        expected += 4 * 2 * budget.S**2 + ("encoder" in trained) * 4 * 3 * budget.N * budget.L**2
-    else:  # masks of bools and the angles of positions, once for all layers
-        expected += budget.S**2 + ("encoder" in trained) * budget.N * budget.L**2 + 2 * 4 * 16 * budget.S
+    # Once for all layers: the masks, and the angles of positions.
+    expected += 4 * budget.S**2 + ("encoder" in trained) * 4 * budget.N * budget.L**2 + 2 * 4 * 16 * budget.S
     expected += 64 * 4 * budget.S  # the last norm, as above
     for layer in [*encoder.layers.values(), *model.decoder.layers.values()]:
         checkpoint_layer(layer, mode)
@@ -160,8 +198,8 @@ def test_a_rank_of_tensor_and_context_parallelism_keeps_its_part() -> None:
     # keys and values of both ranks of cp are there.
     values = 2 * 32 + 2 * 64 + 2 * 32 + 2 * 2 * 16 + 4 * 80
     assert kept_bytes(sizes, "none", division) == 2 * values + 4 * 2
-    # Input, queries, keys and values, attention's output; outputs of o and down are sums over all of D.
-    assert kept_bytes(sizes, "selective", division) == 2 * (32 + 32 + 32 + 32 + 64 + 64) + 4 * 2
+    # Input, queries, keys and values, attention's output; the output of o is a sum over all of D.
+    assert kept_bytes(sizes, "selective", division) == 2 * (32 + 32 + 32 + 32 + 64) + 4 * 2
     assert kept_bytes(sizes, "full", division) == 2 * 32
 
 
@@ -201,6 +239,10 @@ def test_accumulation_holds_whole_gradients_and_a_pipeline_whole_weights() -> No
     )
     total = values_in(model, "")
     assert often.gradients - once.gradients == 4 * total
+    reduced = rank_memory(
+        [model], axes, "none", Division(value_bytes=2), positions(budget, microbatches=4), reduce="microbatch"
+    )
+    assert reduced.gradients == once.gradients
     assert often.batches == 4 * once.batches
     piped = rank_memory(
         [model], {**axes, "pp": 2}, "none", Division(value_bytes=2), positions(budget, in_flight=2.0)

@@ -11,7 +11,8 @@ from shared.errors import UserError
 from shared.geometry import Budget, Geometry
 from tests.trainer.batches import ENCODERS, GEOMETRY, VOCABULARY, Picture, make_batch, num_labels, tiny_config
 from trainer.models.init import init_parameters
-from trainer.models.vlm import ModelConfig, VisionLanguageModel, check_fit, place_visual_tokens
+from trainer.attention import document_mask
+from trainer.models.vlm import Masks, ModelConfig, VisionLanguageModel, check_fit, place_visual_tokens
 
 DOCUMENTS = [
     [7, 8, Picture(4, 2), 9, 10, 11],
@@ -101,6 +102,37 @@ def test_visual_tokens_land_where_the_index_says() -> None:
     assert torch.equal(placed, expected)
     placed.sum().backward()
     assert torch.equal(visual.grad, torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_the_dense_mask_of_a_batch_is_kept_once_for_all_layers_until_backward() -> None:
+    model, batch = make_model(tiny_config(num_layers=3)), make_batch([DOCUMENTS], BUDGET)
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2:] == (BUDGET.S, BUDGET.S):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        nll_BS = model(batch)
+        once = dict(kept)
+        bools = Masks(document_mask(batch.positions_BS), model.masks(batch).encoder)
+        kept.clear()
+        # As sdpa does it from bools: a mask of floats in each of the three layers.
+        assert torch.equal(model(batch, masks=bools), nll_BS)
+    assert list(once.values()) == [4 * BUDGET.S**2]
+    assert list(kept.values()) == 3 * [4 * BUDGET.S**2]
+
+
+def test_masks_have_the_dtype_that_layers_compute_in_and_padding_stays_finite() -> None:
+    config = tiny_config()
+    model = VisionLanguageModel(config, GEOMETRY, dtype=torch.bfloat16)
+    init_parameters(model, config, seed=3)
+    batch = make_batch([[[5, 6]], []], BUDGET)  # the second pack is padding, and no row has a picture
+    nll_BS = model.bfloat16()(batch)
+    assert nll_BS.isfinite().all()
+    nll_BS.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_two_stages_with_parts_taken_out_equal_the_whole_model() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry
-from trainer.attention import Backend, Mask, document_mask, segment_mask
+from trainer.attention import Backend, Mask, as_summand, document_mask, segment_mask
 from trainer.loss import chunked_nll
 from trainer.models.decoder import Decoder, DecoderConfig
 from trainer.models.encoder import Encoder, EncoderConfig, make_encoder
@@ -55,14 +55,22 @@ class VisionLanguageModel(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, geometry: Geometry, *, backend: Backend = "sdpa", z_loss: float = 0.0
+        self,
+        config: ModelConfig,
+        geometry: Geometry,
+        *,
+        backend: Backend = "sdpa",
+        dtype: torch.dtype = torch.float32,
+        z_loss: float = 0.0,
     ) -> None:
+        """`dtype` is what layers compute in, whatever their weights are kept in: masks are made for it."""
         super().__init__()
         encoder_width, decoder_width = config.encoder.hidden_size, config.decoder.hidden_size
         self.encoder: Encoder | None = make_encoder(config.encoder, geometry.mean, geometry.std)
         self.projector: Projector | None = Projector(config.projector, encoder_width, decoder_width)
         self.decoder = Decoder(config.decoder)
         self.backend: Backend = backend
+        self.dtype = dtype
         self.z_loss = z_loss
         self.sequence: SequencePart | None = None
         self.gather_visual: Callable[[Tensor], Tensor] | None = None
@@ -110,10 +118,11 @@ class VisionLanguageModel(nn.Module):
         order = None if self.sequence is None else self.sequence.order
         decoder = document_mask(batch.positions_BS, self.backend, ends=batch.document_ends, order=order)
         if self.encoder is None:
-            return Masks(decoder, None)
+            return Masks(as_summand(decoder, self.dtype), None)
         segments_NL = frame_segments(batch.image_ids_NL, batch.grid_thw_NL3)
         segments_NX = self.encoder.attention_segments(segments_NL)
-        return Masks(decoder, segment_mask(segments_NX, self.backend, ends=batch.frame_ends))
+        encoder = segment_mask(segments_NX, self.backend, ends=batch.frame_ends)
+        return Masks(as_summand(decoder, self.dtype), as_summand(encoder, self.dtype))
 
     def own(self, x_BS: Tensor) -> Tensor:
         """This rank's positions."""

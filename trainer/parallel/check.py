@@ -31,7 +31,7 @@ def check_layout(
     faults = [
         *_tensor_faults(model, parallel, budget),
         *_context_faults(parallel, budget),
-        *_pipeline_faults(model, parallel, accumulation),
+        *_pipeline_faults(model, parallel, compute, accumulation),
         *_attention_faults(model, parallel, compute, device, dtype),
     ]
     if faults:
@@ -76,9 +76,16 @@ def _context_faults(parallel: ParallelConfig, budget: Budget) -> Iterator[str]:
         )
 
 
-def _pipeline_faults(model: ModelConfig, parallel: ParallelConfig, accumulation: int) -> Iterator[str]:
+def _pipeline_faults(
+    model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, accumulation: int
+) -> Iterator[str]:
     if parallel.pp == 1:
         return
+    if compute.reduce == "microbatch":
+        yield (
+            "compute.reduce 'microbatch': torch's pipeline schedules reduce once per step; "
+            "set it to 'step', or parallel.pp to 1"
+        )
     try:
         stage_layers(model.decoder.num_layers, parallel)
     except ValueError as error:

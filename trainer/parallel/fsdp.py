@@ -10,6 +10,8 @@ number of labels, so whoever calls backward multiplies it by `World.loss_factor`
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainer.models.vlm import VisionLanguageModel
 from trainer.parallel.mesh import sub_mesh
+
+Reduce = Literal["step", "microbatch"]
 
 
 def shard(
@@ -41,7 +45,9 @@ def _mesh(mesh: DeviceMesh, *shard_axes: str) -> DeviceMesh:
     return DeviceMesh._concatenate([replicas, shards]) if replicas.size() > 1 else shards
 
 
-def sync_gradients(model: nn.Module, enabled: bool) -> None:
-    """Reduce gradients in the next backward or leave them on the rank, to be added to. No-op unsharded."""
+def set_reduction(model: nn.Module, reduce: Reduce, *, last: bool) -> None:
+    """What the next backward does with its gradients, `last` in the step or not. No-op unsharded."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
+        model.set_requires_gradient_sync(last or reduce == "microbatch")
+        # Replicas add up shards, which cost little: once per step is enough for them.
+        model.set_requires_all_reduce(last)

@@ -24,7 +24,7 @@ from trainer.models.decoder import DecoderLayer
 from trainer.models.init import init_parameters
 from trainer.models.vlm import ModelConfig, VisionLanguageModel
 from trainer.parallel.context import SequencePart, gather_rows
-from trainer.parallel.fsdp import shard, sync_gradients
+from trainer.parallel.fsdp import Reduce, set_reduction, shard
 from trainer.parallel.mesh import ParallelConfig, World, sub_mesh
 from trainer.parallel.pipeline import Microbatches, Pipeline, StageModel, cut_stage, stage_layers
 from trainer.parallel.recompute import Recompute, checkpoint_layer
@@ -44,6 +44,9 @@ class ComputeConfig:
     """auto: flex on CUDA, sdpa elsewhere."""
     recompute: Recompute = "none"
     """Activation checkpointing: what backward needs of a layer is kept, kept in part, or computed again."""
+    reduce: Reduce = "step"
+    """When gradients of accumulated microbatches are reduced to shards. step: once, after the last; until then each rank
+    keeps all of them in float32. microbatch: after each; only shards are kept, and as often all of them travel."""
     compile: bool = False
     """torch.compile for every layer."""
 
@@ -59,6 +62,7 @@ class ParallelModel:
 
     parts: list[VisionLanguageModel]
     pipeline: Pipeline | None = field(default=None)
+    reduce: Reduce = "step"
 
     def run(self, batches: Sequence[Batch], loss: Loss, *, train: bool) -> None:
         """Forward, and backward if `train`, of all microbatches of a step; every rank calls it.
@@ -73,7 +77,7 @@ class ParallelModel:
         [model] = self.parts
         for number, batch in enumerate(batches):
             if train:
-                sync_gradients(model, enabled=number == len(batches) - 1)
+                set_reduction(model, self.reduce, last=number == len(batches) - 1)
             with named("forward"):
                 share = loss(model(batch), number)
             if train:
@@ -107,7 +111,7 @@ def build_model(
     parts: list[VisionLanguageModel] = []
     for layers in own:
         with torch.device("meta"):
-            model = cls(config, geometry, backend=backend, z_loss=z_loss)
+            model = cls(config, geometry, backend=backend, dtype=DTYPES[dtype], z_loss=z_loss)
         cut_stage(model, layers, config.decoder.num_layers)
         parts.append(model)
     if prepare is not None:
@@ -117,7 +121,9 @@ def build_model(
         model.to_empty(device=world.device)
         init_parameters(model, config, seed)
     return ParallelModel(
-        parts=parts, pipeline=_pipeline(parts, config, world, parallel, DTYPES[dtype], microbatches)
+        parts=parts,
+        pipeline=_pipeline(parts, config, world, parallel, DTYPES[dtype], microbatches),
+        reduce=compute.reduce,
     )
 
 
@@ -131,6 +137,7 @@ def parallelize(
 ) -> None:
     """Apply the parallelism of `world` to a part of the model on the meta device, in place."""
     mesh = world.mesh
+    assert mesh is not None or dtype == torch.float32, "FSDP casts: without a mesh nothing does"
     if mesh is not None and parallel.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], sequence_parallel=parallel.sequence_parallel)
     if mesh is not None and parallel.cp > 1:

@@ -1,8 +1,9 @@
 """Activation checkpointing: what backward needs of a layer is kept, or computed again.
 
 none        everything is kept
-selective   products and attention are kept, but for products that are wider than their input (gate, up, fc1):
-            those, norms, rotations and activations are computed again
+selective   attention and its products are kept (queries, keys, values, output); the products of the MLP, norms,
+            rotations and activations are computed again, as far as backward needs them: what down_proj or fc2
+            gives is only added, and never computed twice but where a layer scales it
 full        only the input of the layer is kept; backward costs one more forward
 """
 
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
@@ -36,7 +38,8 @@ def checkpoint_layer(layer: nn.Module, mode: Recompute) -> None:
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        inner = {True: inner_width(layer, divided=False), False: inner_width(layer, divided=True)}
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, inner))
     whole = layer.forward
 
     # Not wrapped in another module: names of parameters would change. A function, as the compiler traces no partial.
@@ -46,9 +49,29 @@ def checkpoint_layer(layer: nn.Module, mode: Recompute) -> None:
     layer.forward = forward
 
 
-def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+def inner_width(layer: nn.Module, *, divided: bool) -> int | None:
+    """Width of the MLP's inner values: its products have it on one side. None where one of attention has it too.
+
+    `divided`: as this rank has it under tensor parallelism.
+    """
+    matrices = {
+        name: (weight.to_local() if divided and isinstance(weight, DTensor) else weight).shape
+        for name, weight in layer.named_parameters()
+        if weight.ndim == 2
+    }
+    [inner] = {
+        shape[1] for name, shape in matrices.items() if name.endswith(("down_proj.weight", "fc2.weight"))
+    }
+    attention = {width for name, shape in matrices.items() if "attn" in name for width in shape}
+    return None if inner in attention else inner
+
+
+def _policy(
+    inner: dict[bool, int | None], context: Any, operator: Any, *arguments: Any, **options: Any
+) -> CheckpointPolicy:
+    """`inner`: of DTensors (True), which show the shape of all ranks together, and of plain tensors."""
     keep = operator in ATTENTIONS or "varlen" in str(operator)
     if operator in PRODUCTS:
-        rows, columns = arguments[PRODUCTS[operator]].shape
-        keep = columns <= rows
+        matrix = arguments[PRODUCTS[operator]]
+        keep = inner[isinstance(matrix, DTensor)] not in matrix.shape
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
