@@ -39,8 +39,8 @@ from trainer.parallel import parallelize
 from trainer.parallel.mesh import World, open_world
 from trainer.run import new_model, open_data
 
-# That of the demo's data set in form: a pack of 512 tokens, and pictures of 1024 patches at most.
-BUDGET = Budget(S=512, N=1, L=1024)
+# That of the demo's data set.
+BUDGET = Budget(S=256, N=2, L=128)
 WIDER = ["hidden-size=448", "intermediate-size=1344"]
 MODELS = {
     "demo": [],

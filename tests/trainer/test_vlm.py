@@ -10,8 +10,8 @@ import torch
 from shared.errors import UserError
 from shared.geometry import Budget, Geometry
 from tests.trainer.batches import ENCODERS, GEOMETRY, VOCABULARY, Picture, make_batch, num_labels, tiny_config
-from trainer.models.init import init_parameters
 from trainer.attention import document_mask
+from trainer.models.init import init_parameters
 from trainer.models.vlm import Masks, ModelConfig, VisionLanguageModel, check_fit, place_visual_tokens
 
 DOCUMENTS = [

@@ -45,8 +45,8 @@ class ComputeConfig:
     recompute: Recompute = "none"
     """Activation checkpointing: what backward needs of a layer is kept, kept in part, or computed again."""
     reduce: Reduce = "step"
-    """When gradients of accumulated microbatches are reduced to shards. step: once, after the last; until then each rank
-    keeps all of them in float32. microbatch: after each; only shards are kept, and as often all of them travel."""
+    """When gradients of accumulated microbatches are reduced to shards. step: once, after the last; until then each
+    rank keeps all of them in float32. microbatch: after each; only shards are kept, but all travel as often."""
     compile: bool = False
     """torch.compile for every layer."""
 
