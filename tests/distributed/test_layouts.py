@@ -41,6 +41,7 @@ TWO = [
     Layout(name="dp, projector alone", trained=("projector",)),
     Layout(name="pp, projector alone", parallel=Parallel(pp=2), trained=("projector",)),
     Layout(name="cp, last layer alone", parallel=Parallel(cp=2), trained=("decoder.layers.3.*",)),
+    Layout(name="tp, projector alone", parallel=Parallel(tp=2), trained=("projector",)),
     Layout(name="tp, without encoder", parallel=Parallel(tp=2), trained=("projector", "decoder")),
 ]
 NEGATIVE = [

@@ -30,6 +30,14 @@ from trainer.models.vlm import VisionLanguageModel
 
 def apply_tensor_parallel(model: VisionLanguageModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     """Shard the decoder of a stage over a mesh of one axis, in place; before anything else is done to it."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    _shard_decoder(model, mesh, sequence_parallel=sequence_parallel)
+    for name in frozen:
+        # `SequenceParallel` makes its parameters anew, and forgets which are frozen.
+        model.get_parameter(name).requires_grad_(False)
+
+
+def _shard_decoder(model: VisionLanguageModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     decoder = model.decoder
     between = Shard(1) if sequence_parallel else Replicate()
     if decoder.embed_tokens is not None:
