@@ -9,7 +9,7 @@ in the first; labels in the last) its ranks have loaded themselves: every rank o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,16 @@ def cut_stage(model: VisionLanguageModel, layers: range, num_layers: int) -> Non
 
 
 class StageModel(VisionLanguageModel):
-    """A stage that finds the batch of a microbatch by its number: the schedule hands tensors on, no batches."""
+    """A stage that takes the next microbatch itself: the schedule hands tensors on, no batches.
 
-    feed: Sequence[tuple[Batch, Masks]] = ()
+    Both schedules run the forwards of a stage in the order of the microbatches. (Told the number of one, as a
+    tensor, it would have to read it from the device: FSDP moves what a model is called with there.)
+    """
 
-    def forward(self, *h_BSD: Tensor, microbatch: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch, masks = self.feed[int(microbatch)]  # a tensor of the host: nothing waits
+    feed: Iterator[tuple[Batch, Masks]] = iter(())
+
+    def forward(self, *h_BSD: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batch, masks = next(self.feed)
         return super().forward(batch, *h_BSD, masks=masks)
 
 
@@ -125,13 +129,14 @@ class Pipeline:
         assert len(feed) == self.num_microbatches
         self.loss = loss
         for part in self.parts:
-            part.feed = feed
+            part.feed = iter(feed)
+        # On the host, where only the loss reads them: nothing waits.
         numbers = torch.arange(len(feed))
         target, losses = (numbers, []) if self.has_loss else (None, None)
         if train:
-            self.schedule.step(microbatch=numbers, target=target, losses=losses, return_outputs=False)
+            self.schedule.step(target=target, losses=losses, return_outputs=False)
         else:
-            self.schedule.eval(microbatch=numbers, target=target, losses=losses)
+            self.schedule.eval(target=target, losses=losses)
         self.loss = None
         for part in self.parts:
-            part.feed = ()
+            part.feed = iter(())
