@@ -300,13 +300,14 @@ def _with_preset(hint: Any, table: Any, origin: str, key: str) -> Any:
     if name not in presets:
         raise UserError(f"{origin}: {key}.preset: {name!r} is no preset; {closest(name, presets)}")
     own = {name: value for name, value in table.items() if name != "preset"}
-    if _is_union(hint):
-        tag, _ = _variants(hint)
-        if own.get(tag, presets[name][tag]) != presets[name][tag]:
-            raise UserError(
-                f"{origin}: {key}.preset: {name!r} is of {tag} {presets[name][tag]}, "
-                f"but {key}.{tag} is {own[tag]!r}; remove one of the two"
-            )
+    # What tells the dataclasses of a union apart, or the kinds that one of them describes.
+    tag = _variants(hint)[0] if _is_union(hint) else "type"
+    kind = presets[name].get(tag)
+    if kind is not None and own.get(tag, kind) != kind:
+        raise UserError(
+            f"{origin}: {key}.preset: {name!r} is of {tag} {kind}, but {key}.{tag} is {own[tag]!r}; "
+            f"set --{key}.{tag} {kind}, or take a preset of that {tag}"
+        )
     return _laid_over(presets[name], own)
 
 

@@ -210,14 +210,17 @@ class Reporter:
         """`config` is what Weights & Biases shows beside the curves."""
         self.world, self.console, self.measures, self.total_steps = world, console, measures, total_steps
         self.print_every, self.printed_step = log.print_every, start_step
-        self.trackers = None
-        if world.is_main:
+        self.trackers: Trackers | None = None
+
+        def open_trackers() -> None:
             damaged = keep_rows(directory / ROWS, start_step, evaluated_again=start_step >= total_steps)
             if damaged:
                 console.print(f"metrics   dropped {damaged} damaged lines of {directory / ROWS}")
             self.trackers = Trackers(
                 directory, start_step=start_step, wandb_project=log.wandb_project, config=config
             )
+
+        world.on_main(open_trackers)
         self.pending: list[StepStats] = []
         self.newest: dict[str, Any] = {}
         self.step_s = 0.0

@@ -83,7 +83,7 @@ class ScheduleConfig:
         if self.warmup_steps + self.decay_steps >= steps:
             raise ValueError(
                 f"schedule.warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} leave nothing of "
-                f"{steps} steps at the peak"
+                f"{steps} steps at the peak; lower them, or raise steps"
             )
 
 

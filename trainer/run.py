@@ -29,6 +29,7 @@ from trainer.parallel.check import check_layout
 from trainer.parallel.mesh import World
 from trainer.parallel.parallelize import ParallelModel, build_model
 from trainer.parallel.pipeline import Microbatches
+from trainer.plan import meta_model
 from trainer.weights.load import load_start_weights
 
 # What a resumed run may change, keys or whole sections: where things are (run.json knows which data, and in which
@@ -186,7 +187,7 @@ def open_data(config: RunConfig) -> Mixture:
 
 
 def check_model(config: RunConfig, data: Mixture, world: World) -> None:
-    """Refuse a model that cannot read the data, or cannot be spread over the ranks."""
+    """Refuse a model that cannot read the data, lacks what is to be trained, or cannot be spread over the ranks."""
     check_fit(config.model, data.geometry, data.budget, data.tokens.vocabulary_size)
     check_layout(
         config.model,
@@ -197,13 +198,14 @@ def check_model(config: RunConfig, data: Mixture, world: World) -> None:
         dtype=config.dtype,
         accumulation=_accumulation(config, world),
     )
+    meta_model(config)
 
 
 def _accumulation(config: RunConfig, world: World) -> int:
     try:
         return config.batch.accumulation(world.dp_size)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{error}; change one of them, or the number of processes") from None
 
 
 def new_model(config: RunConfig, data: Mixture, world: World) -> ParallelModel:

@@ -61,7 +61,7 @@ def open_wandb(project: str, directory: Path, config: dict[str, Any]) -> Any:
     """A run there, named after the run directory; one that is resumed from the same place goes on in its curves.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not installed, or nobody is logged in.
     """
     try:
         import wandb  # pyright: ignore[reportMissingImports]  # of the extra `wandb`
@@ -73,9 +73,15 @@ def open_wandb(project: str, directory: Path, config: dict[str, Any]) -> Any:
     place = directory.resolve()
     name = "-".join(place.parts[-2:])  # many a directory is called "run"
     identity = f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
-    run = wandb.init(
-        project=project, name=name, id=identity, resume="allow", dir=str(directory), config=config
-    )
+    try:
+        run = wandb.init(
+            project=project, name=name, id=identity, resume="allow", dir=str(directory), config=config
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"log.wandb_project {project!r}: wandb cannot begin ({error}); mend that, set WANDB_MODE=offline, or leave "
+            "the key out"
+        ) from None
     # Its own step must never fall, ours does when a killed run goes on: points carry ours, and curves use it.
     run.define_metric("*", step_metric="step")
     return run

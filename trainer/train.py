@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,23 +70,25 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> dict[str, Any]:
     with hold_run(Path(config.out), world):
         console = Console(enabled=world.is_main)
         run = start_run(config, data, world, console)
-        reporter = Reporter(
-            Path(config.out),
-            world,
-            console,
-            measures_of_run(config, data.budget, data.sources, world.device),
-            config.log,
-            start_step=run.start_step,
-            total_steps=config.steps,
-            config=to_dict(config),
-        )
-        directory = checkpoint_directory(Path(config.out))
-        try:
-            with Checkpointer(directory, world, keep=config.checkpoint.keep) as checkpointer:
+        measures = measures_of_run(config, data.budget, data.sources, world.device)
+        # Its thread must not outlive what fails after it: Python would abort, with another exit code.
+        with closing(run.loader):
+            reporter = Reporter(
+                Path(config.out),
+                world,
+                console,
+                measures,
+                config.log,
+                start_step=run.start_step,
+                total_steps=config.steps,
+                config=to_dict(config),
+            )
+            directory = checkpoint_directory(Path(config.out))
+            with (
+                closing(reporter),
+                Checkpointer(directory, world, keep=config.checkpoint.keep) as checkpointer,
+            ):
                 return train_loop(config, run, world, reporter, checkpointer, stop)
-        finally:
-            run.loader.close()
-            reporter.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +124,16 @@ def start_run(config: RunConfig, data: Mixture, world: World, console: Console) 
         write_run(config, data)
         remove_incomplete(checkpoint_directory(Path(config.out)))
     world.barrier()
+    for line in describe_run(
+        config,
+        data.budget,
+        world,
+        data=data.describe("train", config.steps * config.batch.packs_per_step),
+        start_step=start_step,
+        planned_steps=planned_steps,
+    ):
+        console.print(line)
+    # Last: its thread has to be closed.
     loader = Loader(
         data,
         split="train",
@@ -135,7 +148,7 @@ def start_run(config: RunConfig, data: Mixture, world: World, console: Console) 
         row_part=world.row_part,
         frames_per_row=config.encoder.frames_per_row,
     )
-    run = Run(
+    return Run(
         model=model,
         optimizer=optimizer,
         guard=guard,
@@ -144,16 +157,6 @@ def start_run(config: RunConfig, data: Mixture, world: World, console: Console) 
         start_step=start_step,
         planned_steps=planned_steps,
     )
-    for line in describe_run(
-        config,
-        data.budget,
-        world,
-        data=data.describe("train", config.steps * config.batch.packs_per_step),
-        start_step=start_step,
-        planned_steps=planned_steps,
-    ):
-        console.print(line)
-    return run
 
 
 def train_loop(

@@ -40,9 +40,20 @@ class Square:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """Several kinds in one dataclass."""
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {"oak": {"type": "wood", "density": 0.7}}
+
+    type: Literal["wood", "metal"] = "wood"
+    density: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     shape: Round | Square = field(default_factory=Round)
     extra: Round = field(default_factory=Round)
+    kind: Kind = field(default_factory=Kind)
 
 
 def load(tmp_path: Path, text: str, *words: str) -> Run:
@@ -93,7 +104,12 @@ def test_the_saved_config_holds_the_values_and_loads_back_equal(tmp_path: Path) 
         (
             '[shape]\ntype = "round"\npreset = "tile"',
             [],
-            r"shape\.preset: 'tile' is of type square, but shape\.type is 'round'; remove one of the two",
+            r"shape\.preset: 'tile' is of type square, but shape\.type is 'round'; set --shape\.type square, or take a",
+        ),
+        (
+            '[kind]\ntype = "metal"',
+            ["--kind.preset", "oak"],
+            r"kind\.preset: 'oak' is of type wood, but kind\.type is 'metal'",
         ),
         ('[shape]\npreset = "tile"\nradius = 3', [], r"unknown key 'shape\.radius'"),
         ('[extra]\npreste = "ball"', [], r"unknown key 'extra\.preste'; did you mean 'preset'\?"),

@@ -185,5 +185,7 @@ def test_a_split_without_packs_is_named(web: Path, tmp_path: Path) -> None:
     mixture = open_mixture({"a": (web, 1), "b": (other, 1)})
     with pytest.raises(UserError, match=r"data set .*other: has no packs in split 'train'"):
         mixture.packs_of_step("train", 4, 0, 0)
+    with pytest.raises(UserError, match=r"data set .*other: has no packs in split 'train'"):
+        mixture.describe("train", 4)
     with pytest.raises(UserError, match="no split 'trian'; did you mean 'train'"):
         mixture.num_packs("trian")

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,10 @@ def test_a_damaged_run_directory_is_one_line(
         (["train", "CONFIG", "--encoder.patch-size", "4"], "encoder.patch_size is 4, the data set has 2"),
         (["train", "CONFIG", "--decoder.vocab-size", "8"], "decoder.vocab_size is 8"),
         (["train", "CONFIG", "--batch.packs-per-step", "5"], "packs_per_step 5 is no multiple of 2"),
+        (
+            ["train", "CONFIG", "--trained", "encodr"],
+            "trained: 'encodr' fits no parameter; did you mean 'encoder'?",
+        ),
         (["train", "CONFIG", "--optimizer.lrr", "5"], "did you mean 'optimizer.lr'?"),
         (["eval", "nowhere"], "run nowhere: no config.toml there"),
     ],
@@ -423,3 +428,16 @@ def test_a_run_whose_last_update_ruins_the_weights_ends_before_a_checkpoint_keep
     (error,) = capsys.readouterr().err.splitlines()
     assert "the validation loss after step 1 is nan" in error and "lower optimizer.lr" in error
     assert not (Path(command[-1]) / "checkpoints").exists()
+
+
+def main_without_wandb(words: list[str]) -> tuple[int, list[str]]:
+    """Exit code, and the threads of the loader that are left."""
+    sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType]  # what makes an import fail
+    return main(words), [thread.name for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def test_what_fails_on_the_first_rank_after_the_loader_ends_every_rank_and_its_loader(
+    command: list[str],
+) -> None:
+    words = [*command, "--batch.packs-per-microbatch", "1", "--log.wandb-project", "project"]
+    assert launch(main_without_wandb, 2, words) == [(2, [])] * 2

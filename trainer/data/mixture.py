@@ -105,8 +105,7 @@ class Mixture:
         starts = self._starts(split)
         for owner in np.unique(owner_n).tolist():
             here, num_packs = owner_n == owner, int(starts[owner + 1] - starts[owner])
-            if not num_packs:
-                raise UserError(f"data set {self.datasets[owner].path}: has no packs in split {split!r}")
+            self._require_packs(owner, num_packs, split)
             number_n[here] = starts[owner] + packs_of_turns(num_packs, seed, turn_n[here], owner)
         return number_n
 
@@ -127,9 +126,9 @@ class Mixture:
         """One line per data set: what it has, and how often a run of so many packs repeats it."""
         sizes, taken = np.diff(self._starts(split)), self._cycle.count(packs)
         lines: list[str] = []
-        for name, dataset, quota, size, own in zip(
-            self.names, self.datasets, self.quotas, sizes.tolist(), taken.tolist(), strict=True
-        ):
+        each = zip(self.names, self.datasets, self.quotas, sizes.tolist(), taken.tolist(), strict=True)
+        for owner, (name, dataset, quota, size, own) in enumerate(each):
+            self._require_packs(owner, size, split)
             share = f"{name}: {quota / sum(self.quotas):.2%} of packs, " if len(self.names) > 1 else ""
             lines.append(
                 f"{share}{size:,} packs in split {split} of {dataset.path}; the run takes {own:,} of them, "
@@ -147,6 +146,13 @@ class Mixture:
             name = f"{self.names[owner]}: " if len(self.names) > 1 else ""
             parts.append(name + ", ".join(map(str, own[:SHOWN])) + more)
         return "; ".join(parts)
+
+    def _require_packs(self, owner: int, num_packs: int, split: str) -> None:
+        if not num_packs:
+            raise UserError(
+                f"data set {self.datasets[owner].path}: has no packs in split {split!r}; leave it out, or preprocess "
+                "more of it"
+            )
 
     def _starts(self, split: str) -> IntArray:
         """Number of the first pack of each data set in a split, and the number of packs: int64 [data sets + 1]."""

@@ -79,6 +79,8 @@ def export_run(
         UserError: the run has no checkpoint, its model cannot be expressed, or `out` is taken.
     """
     run = Path(config.out)
+    if shard_bytes < 1:
+        raise UserError(f"--shard-bytes must be at least 1, got {shard_bytes}")
     exportable_encoder(config.model)  # before anything is read
     check_meaning(run, data)
     dataset = data.datasets[0]  # they agree in their tokens and in what a patch means
