@@ -43,12 +43,13 @@ def describe_run(
     start = f"resumed after step {start_step}" if start_step else "from step 0"
     recompute = f", recompute {config.compute.recompute}" if config.compute.recompute != "none" else ""
     compiled = ", compiled" if config.compute.compile else ""
+    reduced = f", reduced once per {config.compute.reduce}" if world.size > 1 else ""
     lines = [
         *(f"data set  {line}" for line in data),
         f"packs     of S {budget.S}, N {budget.N} x L {budget.L}",
         f"model     {parameters}; trained: {', '.join(config.trained)}; {holds['shard'] / 1e6:,.2f} M on a rank",
         f"device    {processes} on {world.device.type}{', mesh ' + ' x '.join(axes) if axes else ''}, {config.dtype}, "
-        f"attention {config.compute.backend(world.device.type)}{recompute}{compiled}",
+        f"attention {config.compute.backend(world.device.type)}{recompute}{compiled}{reduced}",
         f"batch     {batch.packs_per_step} packs = {batch.packs_per_microbatch} per microbatch x "
         f"{batch.accumulation(world.dp_size)} accumulated x {world.dp_size} ranks: room for "
         f"{batch.packs_per_step * budget.S:,} tokens and {batch.packs_per_step * budget.N * budget.L:,} patches",

@@ -44,7 +44,7 @@ HOW_TO_MEASURE = "it takes pictures in two of the evaluated documents; raise --e
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m trainer eval", description="Evaluate a run's newest checkpoint."
+        allow_abbrev=False, prog="python -m trainer eval", description="Evaluate a run's newest checkpoint."
     )
     parser.add_argument(
         "run", type=Path, help="run directory; any key of its config can follow as --key value"

@@ -183,7 +183,9 @@ def rank_memory(
         states=int(states),
         gathered=int(value * (whole if axes["pp"] > 1 else root + GATHERED_LAYERS * largest)),
         gradients=int((4 * trained if accumulated else 0) + (4 + value) * largest),
-        activations=int(kept * positions.in_flight),
+        activations=int(
+            kept * positions.in_flight + sum(_received(part, division, positions) for part in parts)
+        ),
         working=int(
             max(
                 *(layer.working(mode, positions) for layer in layers),
@@ -195,6 +197,16 @@ def rank_memory(
         * positions.microbatches
         * (TOKEN_BYTES * positions.all_tokens + (PATCH_BYTES + positions.patch_values) * positions.patches),
     )
+
+
+def _received(part: VisionLanguageModel, division: Division, positions: Positions) -> float:
+    """What a stage receives into: torch keeps a buffer per microbatch, of hidden states and of their gradients."""
+    width = next(
+        parameter.shape[0] for name, parameter in part.named_parameters() if "input_layernorm" in name
+    )
+    tokens = positions.tokens / (division.tp if division.sequence_parallel else 1)
+    sides = int(part.decoder.embed_tokens is None) + int(part.decoder.norm is None)
+    return sides * positions.microbatches * tokens * width * division.value_bytes
 
 
 def held_values(name: str, parameter: nn.Parameter, tp: int) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from shared.errors import UserError
 from trainer.checkpoint import Checkpointer, load_checkpoint, remove_incomplete
 from trainer.config import RunConfig
 from trainer.console import Console
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, Step
 from trainer.data.mixture import Mixture
 from trainer.describe import describe_run, measures_of_run
 from trainer.evaluate import Values, check_split, describe, evaluate_model
@@ -50,7 +50,9 @@ from trainer.trackers import is_finite
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m trainer train", description="Train from a data set.")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer train", description="Train from a data set.", allow_abbrev=False
+    )
     parser.add_argument("config", type=Path, help="TOML file; any of its keys can follow as --key value")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object, last")
     arguments, overrides = parser.parse_known_args(argv)
@@ -173,20 +175,18 @@ def train_loop(
     result: dict[str, Any] = {"run": config.out, "steps": max(run.start_step, config.steps)}
     clip, peak = config.optimizer.max_grad_norm, config.optimizer.lr
     steps, profiler = iter(run.loader), Profiler(config.profile, Path(config.out), world)
+    coming = next_step(steps, world, stop, checkpointer) if run.start_step < config.steps else None
     for finished in range(run.start_step + 1, config.steps + 1):
+        assert coming is not None
         lr = peak * lr_factor(finished - 1, config.steps, config.schedule)
         profiler.begin(finished)
-        with named("data"):
-            step = next(steps)
+        step = coming.get()
         reporter.add(train_step(run.model, run.optimizer, run.guard, step, world, lr=lr, max_grad_norm=clip))
+        last = finished == config.steps
+        coming = Coming() if last else next_step(steps, world, stop, checkpointer)
         if trace := profiler.end(finished):
             reporter.console.print(f"profile   {trace}")
-        last = finished == config.steps
-        # Ranks learn of a signal or a failed writer at different times: they act on it after the same step.
-        stopping, failing = world.sum_on_host([stop.wanted, checkpointer.failed])
-        if failing:
-            checkpointer.finish()
-        save = last or stopping > 0 or finished % config.checkpoint.every == 0
+        save = last or coming.must_save or finished % config.checkpoint.every == 0
         evaluation = last or (config.eval.every > 0 and finished % config.eval.every == 0)
         if save or evaluation or finished % config.log.every == 0:
             rows = reporter.flush()
@@ -199,7 +199,7 @@ def train_loop(
             state = {"step": finished}
             waited_s = checkpointer.save(run.model.parts, run.optimizer, state, run.guard.state_dict())
             reporter.write_row(finished, {"wait_s": waited_s}, kind="checkpoint")
-        if stopping and not last:
+        if coming.stopping:
             checkpointer.finish()
             raise Stopped(
                 f"stopped after step {finished} of {config.steps} as asked, with a checkpoint; "
@@ -210,6 +210,53 @@ def train_loop(
     if run.start_step >= config.steps:  # asking again for a finished run shows what it reached
         result["eval"] = evaluate_and_report(config, run, world, reporter, run.start_step)
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coming:
+    """What follows a step, the same decision on every rank."""
+
+    step: Step | None = None
+    failure: UserError | None = None
+    """This rank, or another one, cannot read its packs of the next step."""
+    stopping: bool = False
+    """A rank was asked to stop."""
+
+    @property
+    def must_save(self) -> bool:
+        """The run ends with this step: what it has learned is kept."""
+        return self.stopping or self.failure is not None
+
+    def get(self) -> Step:
+        if self.failure is not None:
+            raise self.failure
+        assert self.step is not None
+        return self.step
+
+
+def next_step(steps: Iterator[Step], world: World, stop: StopRequest, checkpointer: Checkpointer) -> Coming:
+    """This rank's part of the next global batch, and whether the run goes on.
+
+    Ranks learn of a signal, a failed writer or unreadable data at different times: one sum on the host lets all act
+    on it at the same step, so that none waits for one that has ended.
+
+    Raises:
+        UserError: on every rank, where the checkpoint that was being written failed.
+    """
+    step, failure = None, None
+    try:
+        with named("data"):
+            step = next(steps)
+    except UserError as error:
+        failure = error
+    stopping, unwritten, unread = world.sum_on_host([stop.wanted, checkpointer.failed, failure is not None])
+    if unwritten:
+        checkpointer.finish()
+    if unread and failure is None:
+        failure = UserError(
+            "another rank cannot read its packs, its own message says why; mend that and run again"
+        )
+    return Coming(step=step, failure=failure, stopping=stopping > 0)
 
 
 def evaluate_and_report(config: RunConfig, run: Run, world: World, reporter: Reporter, step: int) -> Values:

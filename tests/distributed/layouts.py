@@ -121,10 +121,10 @@ def measure(layout: Layout, world: World) -> dict[str, Any]:
     model, batches = build(layout, world), microbatches(world, layout.packs_per_microbatch)
     labels = sum(num_labels(batch) for batch in batches) if world.is_counting else 0
     [labels] = world.sum_on_host([labels])
-    evaluated = world.sum_on_device(forward(model, batches, world, num_sources=SOURCES)) / labels
     step = {"num_labels": labels, "num_sources": SOURCES}
     nll = world.sum_on_device(forward_backward(model, batches, world, **step)) / labels
     gradients = gradients_of(model)
+    evaluated = world.sum_on_device(forward(model, batches, world, num_sources=SOURCES)) / labels
     optimizer = make_optimizer(model.parts, OptimizerConfig(lr=LR))
     optimizer.zero_grad()
     curve = []

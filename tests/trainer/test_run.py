@@ -56,7 +56,7 @@ def start_config(first: Path, dataset: Path, *words: str) -> RunConfig:
 
 
 def test_a_run_starts_from_the_whole_model_of_another_run(first: Path, dataset: Path) -> None:
-    config = start_config(first, dataset, "--seed", "9", "--optimizer.lr", "1", "--trained", '["projector"]')
+    config = start_config(first, dataset, "--seed", "9", "--optimizer.lr", "1", "--trained", "projector")
     data = open_data(config)
     model = new_model(config, data, ALONE)
     [line] = load_start(config, data, model.parts, ALONE)

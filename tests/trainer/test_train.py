@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from shared.dataset import open_dataset
 from shared.files import lock_directory
 from shared.geometry import Budget
 from tests.distributed.launch import launch
@@ -230,6 +231,19 @@ def test_the_loss_falls(command: list[str]) -> None:
     losses = [row["loss"] for row in rows(command[-1])]
     assert losses[-1] < losses[0] - 1
     assert [row["tokens"] > 0 and row["patches"] == 4 * 12 for row in rows(command[-1])] == [True] * 40
+
+
+def test_data_that_one_rank_cannot_read_ends_all_of_them(command: list[str], tmp_path: Path) -> None:
+    path = write_dataset(
+        tmp_path / "zstd", {"train": PACKS[:8], "validation": PACKS[8:]}, BUDGET, codec="zstd"
+    )
+    shard = path / "shards" / "train-00000.parquet"
+    reader = open_dataset(path).locate("train", 3)[0]
+    content = bytearray(shard.read_bytes())
+    content[reader.byte_ranges(3)["patches"].stop - 3] ^= 0x20
+    shard.write_bytes(content)
+    words = [*command, "--dataset", str(path), "--batch.packs-per-microbatch", "1"]
+    assert launch(main, 2, words) == [2, 2]
 
 
 def test_two_processes_train_the_same_run_and_one_goes_on_with_it(command: list[str]) -> None:

@@ -218,7 +218,8 @@ def check_agreement(one: DataSet, other: DataSet) -> None:
         here, there = asdict(getattr(one, section)), asdict(getattr(other, section))
         for key in here:
             if here[key] != there[key]:
+                mend = "the tokenizer" if key == "tokenizer_sha256" else "the value"
                 raise UserError(
                     f"data sets cannot be mixed: {section}.{key} is {here[key]!r} in {one.path}, "
-                    f"{there[key]!r} in {other.path}; preprocess one of them again with the value of the other"
+                    f"{there[key]!r} in {other.path}; preprocess one of them again with {mend} of the other"
                 )

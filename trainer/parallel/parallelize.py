@@ -31,6 +31,7 @@ from trainer.parallel.recompute import Recompute, checkpoint_layer
 from trainer.parallel.tensor import apply_tensor_parallel
 from trainer.profile import named
 
+RECOMPILE_LIMIT = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Loss = Callable[[Tensor, int], Tensor]
 """(nll_BS of this rank, number of the microbatch) -> what backward starts from."""
@@ -104,6 +105,10 @@ def build_model(
     """
     parallel, compute = parallel or ParallelConfig(), compute or ComputeConfig()
     backend = compute.backend(world.device.type)
+    if compute.compile or backend == "flex":
+        # Layers frozen in part, sizes of training and evaluation, with and without gradients: a graph for each.
+        # Beyond the limit FlexAttention would fall back, without a word, to computing all scores.
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     staged = parallel.pp > 1
     cls = StageModel if staged else VisionLanguageModel
     stages = stage_layers(config.decoder.num_layers, parallel)

@@ -45,6 +45,7 @@ EXPORTED = "export.json"
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m trainer check-export",
         description="Compare the logits of an export, in transformers, with those of the run it was made from.",
     )

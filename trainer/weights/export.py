@@ -48,6 +48,7 @@ SHARD_BYTES = 5_000_000_000
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m trainer export",
         description="Write a run's newest checkpoint for transformers (AutoModelForImageTextToText).",
     )

@@ -23,6 +23,7 @@ from trainer.train import start_run
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m trainer import",
         description="Write step 0 of a run from the weights that [start] names.",
     )
