@@ -1,7 +1,7 @@
 """What a training step on a CPU spends outside forward, backward, optimizer and the ranks' communication.
 
-    python -m benchmarks.step --json                              one process
-    torchrun --nproc-per-node 2 -m benchmarks.step --json         two, FSDP over gloo
+    python benchmarks/step.py --json                              one process
+    torchrun --nproc-per-node 2 benchmarks/step.py --json         two, FSDP over gloo
 
 The loop is that of `trainer train` on made packs: loader, train step, and a reporter that reads every step, as the
 demo does. Inside are the regions that a trace names forward, backward and optimizer, and the sums over ranks of host
@@ -22,8 +22,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from packs import write_packs
 
-from benchmarks.packs import write_packs
 from shared.config import load_config
 from shared.geometry import Budget
 from trainer import step as step_module
