@@ -455,3 +455,26 @@ def test_what_fails_on_the_first_rank_after_the_loader_ends_every_rank_and_its_l
 ) -> None:
     words = [*command, "--batch.packs-per-microbatch", "1", "--log.wandb-project", "project"]
     assert launch(main_without_wandb, 2, words) == [(2, [])] * 2
+
+
+def test_a_mixture_of_data_sets_trains_alike_on_one_process_and_on_two(
+    command: list[str], tmp_path: Path
+) -> None:
+    entries = []
+    for name, packs, weight in (("one", PACKS[:5], 3), ("other", PACKS[5:8], 1)):
+        path = write_dataset(tmp_path / name, {"train": packs, "validation": PACKS[8:]}, BUDGET)
+        entries.append(f'[mixture.{name}]\npath = "{path}"\nweight = {weight}\n')
+    config = Path(command[1])
+    config.write_text(config.read_text() + "\n" + "\n".join(entries))
+    words = [word for word in command if word != "--dataset" and not word.endswith("/set")]
+    alone = [*words[:-1], str(tmp_path / "alone")]
+    assert main(alone) == 0
+    assert launch(main, 2, [*words, "--batch.packs-per-microbatch", "1"]) == [0, 0]
+    found, expected = rows(words[-1]), rows(alone[-1])
+    sources = [name for name in expected[0] if name.startswith("loss/")]
+    assert {name.split("/")[1] for name in sources} == {"one", "other"}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["documents"] == theirs["documents"]
+    [evaluation] = rows(alone[-1], "eval")
+    assert evaluation["loss"] is not None and set(sources) <= set(evaluation)
