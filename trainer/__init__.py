@@ -10,6 +10,7 @@
     metrics     rows; console and trackers show them               describe    the arithmetic at the start
     flops       of useful tokens and patches; MFU                  memory      what a rank takes, by formula
     plan        a layout without a device                          profile     traces of chosen steps
+    shards      what a rank holds of a parameter
     signals     a run that is asked to stop, and exit codes        config      the TOML file
 
 Imports torch and `shared`; never ray, a tokenizer, or the other stage.

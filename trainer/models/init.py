@@ -11,9 +11,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.models.vlm import ModelConfig
+from trainer.shards import local_part
 
 # What adds to the residual stream: scaled down with depth, so that its variance does not grow (GPT-2).
 RESIDUAL_OUTPUTS = (".out_proj", ".o_proj", ".fc2", ".down_proj")
@@ -29,12 +29,8 @@ def init_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0]
         full = initial_value(name, parameter.shape, num_layers=depth.get(part, 1), seed=seed)
-        if isinstance(parameter, DTensor):
-            # src_data_rank=None: every rank holds the same `full` and cuts its own part, nothing is sent.
-            full = distribute_tensor(
-                full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-        parameter.copy_(full)
+        local, box = local_part(parameter)
+        local.copy_(full[box])
 
 
 def initial_value(name: str, shape: torch.Size, *, num_layers: int, seed: int) -> Tensor:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from shared.errors import UserError
 from shared.files import read_json
 from shared.geometry import Geometry
 from trainer.models.vlm import ModelConfig, VisionLanguageModel
+from trainer.shards import local_part
 from trainer.weights.hub import HubFiles
 from trainer.weights.names import NAMES, Names
 from trainer.weights.settings import check_settings
@@ -159,7 +159,7 @@ def _other_pixels(directory: Path, geometry: Geometry) -> list[str]:
 @torch.no_grad()
 def _read_into(parameter: nn.Parameter, files: HubFiles, name: str, *, convolution: bool) -> None:
     """This rank's slice of a tensor, read from the file and converted."""
-    local, box = _local_box(parameter)
+    local, box = local_part(parameter)
     rows = min(box[0].stop, files.shapes[name][0]) - box[0].start
     if local.numel() == 0 or rows <= 0:
         return
@@ -169,13 +169,3 @@ def _read_into(parameter: nn.Parameter, files: HubFiles, name: str, *, convoluti
     else:
         value = files.read(name, box)
     local[:rows].copy_(value)
-
-
-def _local_box(parameter: nn.Parameter) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this rank holds of a parameter, and where in the whole it lies."""
-    if not isinstance(parameter, DTensor):
-        return parameter, tuple(slice(0, length) for length in parameter.shape)
-    # The protocol by which torch's own checkpoints find it, for every kind of placement.
-    [chunk] = parameter.__create_chunk_list__()
-    places = zip(chunk.offsets, chunk.sizes, strict=True)
-    return parameter.to_local(), tuple(slice(start, start + length) for start, length in places)
