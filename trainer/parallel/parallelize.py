@@ -71,8 +71,9 @@ class ParallelModel:
         `loss` is called for each microbatch on the ranks that have the head.
         """
         if self.pipeline is not None:
-            # Built once: the masks serve all stages here, the first of which has the encoder if any has.
-            feed = [(batch, self.parts[0].masks(batch)) for batch in batches]
+            assert len(batches) == self.pipeline.num_microbatches, "a schedule has one number of microbatches"
+            # Built once, when the first stage here comes to it, which has the encoder if any has.
+            feed = ((batch, self.parts[0].masks(batch)) for batch in batches)
             self.pipeline.run(feed, loss, train=train)
             return
         [model] = self.parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import torch
@@ -120,18 +121,18 @@ class Pipeline:
         return self.loss(nll_BS, int(microbatch))
 
     def run(
-        self, feed: Sequence[tuple[Batch, Masks]], loss: Callable[[Tensor, int], Tensor], *, train: bool
+        self, feed: Iterator[tuple[Batch, Masks]], loss: Callable[[Tensor, int], Tensor], *, train: bool
     ) -> None:
-        """Forward, and backward if `train`, of exactly `num_microbatches` microbatches.
+        """Forward, and backward if `train`, of exactly `num_microbatches` microbatches, which `feed` gives in order.
 
         `loss(nll_BS, microbatch)` is called on the last stage and returns what backward starts from.
         """
-        assert len(feed) == self.num_microbatches
         self.loss = loss
-        for part in self.parts:
-            part.feed = iter(feed)
+        # What a stage has taken is kept until the other stages here have taken it.
+        for part, own in zip(self.parts, tee(feed, len(self.parts)), strict=True):
+            part.feed = own
         # On the host, where only the loss reads them: nothing waits.
-        numbers = torch.arange(len(feed))
+        numbers = torch.arange(self.num_microbatches)
         target, losses = (numbers, []) if self.has_loss else (None, None)
         if train:
             self.schedule.step(target=target, losses=losses, return_outputs=False)

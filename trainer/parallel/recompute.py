@@ -62,7 +62,7 @@ def inner_width(layer: nn.Module, *, divided: bool) -> int | None:
     [inner] = {
         shape[1] for name, shape in matrices.items() if name.endswith(("down_proj.weight", "fc2.weight"))
     }
-    attention = {width for name, shape in matrices.items() if "attn" in name for width in shape}
+    attention = {width for name, shape in matrices.items() if "att" in name for width in shape}
     return None if inner in attention else inner
 
 
