@@ -2,7 +2,7 @@
 
 The model is built on the meta device and cut as the ranks of a pipeline would; memory is that of trainer.memory,
 FLOPs those of trainer.flops for packs without padding. Refused is what cannot be divided, and what does not fit
-into --gpu-bytes: leave room there for what the estimate does not know (see trainer.memory).
+into the memory of --gpu, or --gpu-bytes: with it, leave room for what the estimate does not know (trainer.memory).
 
 S, N and L are those of the data set if it is there, or given by --S, --N and --L.
 """
@@ -34,6 +34,8 @@ from trainer.parallel.check import check_layout, vision_rows_note
 from trainer.parallel.parallelize import DTYPES
 from trainer.parallel.pipeline import cut_stage, stage_layers
 
+# Memory of devices, by the vendors' data sheets; of the A100 there are two, the larger one is meant.
+GPU_BYTES = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9, "L40S": 48e9, "MI300X": 192e9}
 # What to change, by the part of the memory that is largest.
 REMEDIES = {
     "states": "raise --gpus, or parallel.tp or pp, or lower parallel.dp_replicate",
@@ -54,7 +56,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("config", type=Path, help="TOML file; any of its keys can follow as --key value")
     parser.add_argument("--gpus", type=int, required=True, help="number of processes, one per device")
     parser.add_argument("--gpu", default="H100", help="device whose peak the step time is for (default H100)")
-    parser.add_argument("--gpu-bytes", type=float, help="memory of a device; what does not fit is refused")
+    parser.add_argument(
+        "--gpu-bytes",
+        type=float,
+        help="memory of a device (default: that of --gpu); what does not fit is refused",
+    )
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="share of the peak for the step time (default 0.4)"
     )
@@ -71,8 +77,13 @@ def main(argv: Sequence[str]) -> None:
     step_s = plan["step"]["flops"] / (arguments.mfu * peak * arguments.gpus)
     plan["time"] = {"gpu": arguments.gpu, "mfu": arguments.mfu, "step_s": step_s}
     print(json.dumps(plan) if arguments.json else "\n".join(describe_plan(plan)), flush=True)
-    if arguments.gpu_bytes is not None:
-        check_memory(plan["memory"], arguments.gpu_bytes)
+    gpu_bytes = arguments.gpu_bytes or GPU_BYTES.get(arguments.gpu)
+    if gpu_bytes is not None:
+        check_memory(plan["memory"], gpu_bytes)
+    elif not arguments.json:
+        print(
+            f"note      whether it fits is not checked: give --gpu-bytes, that of {arguments.gpu} is not known"
+        )
 
 
 def find_budget(config: RunConfig, given: dict[str, int | None]) -> Budget:

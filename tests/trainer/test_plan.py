@@ -214,3 +214,18 @@ def test_the_shipped_configs_quote_what_the_plan_says(
         line.removeprefix("#   ") for line in opening[opening.index(command) + 1 :] if line.startswith("#   ")
     ]
     assert len(quoted) >= 6 and set(quoted) <= set(said)
+
+
+def test_the_named_device_sets_the_limit_unless_one_is_given(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = str(Path(__file__).parents[2] / "configs" / "train" / "64-gpus.toml")
+    words = [config, "--gpus", "1", "--S", "8192", "--N", "8", "--L", "2048"]
+    with pytest.raises(UserError, match=r"GB of 80\.0 GB, most of it"):  # 8.5 B parameters with their moments
+        main(words)
+    with pytest.raises(UserError, match=r"GB of 141\.0 GB, most of it"):
+        main([*words, "--gpu", "H200"])
+    main([*words, "--gpu", "H200", "--gpu-bytes", "1e12"])
+    capsys.readouterr()
+    main([*words, "--gpu", "RTX 4090"])
+    assert "whether it fits is not checked: give --gpu-bytes" in capsys.readouterr().out
