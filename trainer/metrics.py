@@ -30,6 +30,8 @@ from trainer.optim import PARTS
 from trainer.parallel.mesh import World
 from trainer.trackers import ROWS, Trackers, keep_rows
 
+# What a run has trained on so far, over all its starts, and the column of a row that adds to it.
+SEEN = {"tokens_seen": "tokens", "images_seen": "images"}
 # Weight that a step keeps in the time left when the next one is in: the mean is of about the last 20 steps.
 MEMORY = 0.95
 
@@ -205,9 +207,10 @@ class Reporter:
         *,
         start_step: int,
         total_steps: int,
+        seen: Mapping[str, int] | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`config` is what Weights & Biases shows beside the curves."""
+        """`seen` is that of the steps before; `config` is what Weights & Biases shows beside the curves."""
         self.world, self.console, self.measures, self.total_steps = world, console, measures, total_steps
         self.print_every, self.printed_step = log.print_every, start_step
         self.trackers: Trackers | None = None
@@ -221,6 +224,7 @@ class Reporter:
             )
 
         world.on_main(open_trackers)
+        self.seen = {name: (seen or {}).get(name, 0) for name in SEEN}
         self.pending: list[StepStats] = []
         self.newest: dict[str, Any] = {}
         self.step_s = 0.0
@@ -237,6 +241,9 @@ class Reporter:
             return []
         rows = read_rows(self.pending, time.perf_counter() - self.interval_start, self.world, self.measures)
         self.pending.clear()
+        for row in rows:
+            self.seen = {name: total + row[SEEN[name]] for name, total in self.seen.items()}
+            row |= self.seen
         old = MEMORY ** len(rows) if self.newest else 0.0
         self.newest = rows[-1]
         self.step_s = old * self.step_s + (1 - old) * self.newest["step_s"]
@@ -261,9 +268,9 @@ class Reporter:
         self.interval_start = time.perf_counter()
 
     def write_row(self, step: int, values: Mapping[str, float | None], *, kind: str) -> None:
-        """A row of something else than a step: an evaluation, a checkpoint."""
+        """A row of something else than a step: an evaluation, a checkpoint. All steps before it have been read."""
         if self.trackers is not None:
-            self.trackers.write({"step": step, **values}, kind=kind)
+            self.trackers.write({"step": step, **values, **self.seen}, kind=kind)
 
     def close(self) -> None:
         if self.trackers is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ def train(config: RunConfig, world: World, stop: StopRequest) -> dict[str, Any]:
                 config.log,
                 start_step=run.start_step,
                 total_steps=config.steps,
+                seen=run.state,
                 config=to_dict(config),
             )
             directory = checkpoint_directory(Path(config.out))
@@ -103,6 +104,8 @@ class Run:
     data: Mixture
     loader: Loader
     start_step: int
+    state: Mapping[str, int]
+    """That of the checkpoint it goes on from: finished steps, tokens and images seen."""
     planned_steps: int
     """`steps` of the config that the run was started or last resumed with."""
 
@@ -112,15 +115,17 @@ def start_run(config: RunConfig, data: Mixture, world: World, console: Console) 
     checkpoint = find_checkpoint(config, data.identity)
     model = new_model(config, data, world)
     optimizer, guard = make_optimizer(model.parts, config.optimizer), Guard(config.guard, world.device)
-    start_step, planned_steps = 0, config.steps
+    state: dict[str, int] = {"step": 0}
+    planned_steps = config.steps
     if checkpoint is not None:
         extra = guard.state_dict()
-        start_step = load_checkpoint(checkpoint, model.parts, optimizer, world, extra)["step"]
+        state = load_checkpoint(checkpoint, model.parts, optimizer, world, extra)
         guard.load_state_dict(extra)
         planned_steps = load_run_config(Path(config.out)).steps
     else:
         for line in load_start(config, data, model.parts, world):
             console.print(line)
+    start_step = state["step"]
     world.barrier()  # before the config that all have read is written over
     if world.is_main:
         write_run(config, data)
@@ -157,6 +162,7 @@ def start_run(config: RunConfig, data: Mixture, world: World, console: Console) 
         data=data,
         loader=loader,
         start_step=start_step,
+        state=state,
         planned_steps=planned_steps,
     )
 
@@ -196,7 +202,7 @@ def train_loop(
         if evaluation:  # first: a checkpoint that is resumed from has its evaluation behind it
             result["eval"] = evaluate_and_report(config, run, world, reporter, finished)
         if save:
-            state = {"step": finished}
+            state = {"step": finished, **reporter.seen}
             waited_s = checkpointer.save(run.model.parts, run.optimizer, state, run.guard.state_dict())
             reporter.write_row(finished, {"wait_s": waited_s}, kind="checkpoint")
         if coming.stopping:

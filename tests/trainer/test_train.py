@@ -478,3 +478,15 @@ def test_a_mixture_of_data_sets_trains_alike_on_one_process_and_on_two(
         assert ours["documents"] == theirs["documents"]
     [evaluation] = rows(alone[-1], "eval")
     assert evaluation["loss"] is not None and set(sources) <= set(evaluation)
+
+
+def test_rows_say_what_the_run_has_seen_over_all_its_starts(command: list[str]) -> None:
+    assert main([*command, "--steps", "3"]) == 0
+    assert main(command) == 0
+    seen = {"tokens": 0, "images": 0}
+    for row in rows(command[-1]):
+        for name in seen:
+            seen[name] += row[name]
+            assert row[f"{name}_seen"] == seen[name] > 0, row["step"]
+    for kind in ("eval", "checkpoint"):
+        assert rows(command[-1], kind)[-1]["tokens_seen"] == seen["tokens"]
